@@ -1,0 +1,56 @@
+# make quickstart   train a tiny language model with FIPO on this machine, in under 5 minutes
+# make test         run the tests
+# make lint         ruff check and format
+# make tiny-base    rebuild the tiny base model and its data (they are in the repository)
+# make install      build .venv; the others do this by themselves
+# make lock         resolve the dependencies anew
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+LOCK := requirements-cpu.lock
+TORCH_VERSION := 2.13.0
+# On Linux, PyPI has the CUDA build of torch (several GB); the CPU build is a local version of another index
+TORCH := torch==$(TORCH_VERSION)$(if $(filter Linux,$(shell uname -s)),+cpu)
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+
+# One thread per process where several processes share the cores
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.PHONY: install quickstart test lint tiny-base lock
+
+install: $(INSTALLED)
+
+$(INSTALLED): $(LOCK) setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys, venv; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, this is " + sys.version' \
+		|| { echo "Install Python 3.11+ with venv (Debian: apt-get install python3-venv), or name one: make PYTHON=python3.12"; exit 1; }
+	@echo "Installing into $(VENV) (about 2 GB, once) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) "$(TORCH)" 2>/dev/null || $(PIP) --index-url $(TORCH_INDEX) "$(TORCH)"
+	@$(PIP) --requirement $(LOCK)
+	@$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+quickstart: $(INSTALLED)
+	@HF_HUB_OFFLINE=1 $(BIN)/python scripts/quickstart.py
+
+test: $(INSTALLED)
+	@$(TEST_ENV) $(BIN)/python -m pytest -n 2
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+tiny-base: $(INSTALLED)
+	@HF_HUB_OFFLINE=1 $(BIN)/python scripts/make_tiny_base.py
+
+lock:
+	@sed -n '/^#/p' $(LOCK) > $(LOCK).new
+	@$(PYTHON) -m venv --clear $(VENV)-lock
+	@$(VENV)-lock/bin/pip install --quiet "$(TORCH)" || $(VENV)-lock/bin/pip install --quiet --index-url $(TORCH_INDEX) "$(TORCH)"
+	@$(VENV)-lock/bin/pip install --quiet "setuptools>=77" ".[dev]"
+	@$(VENV)-lock/bin/pip freeze --all --exclude pip --exclude fipo-trl | sed 's/+cpu//' >> $(LOCK).new
+	@mv $(LOCK).new $(LOCK)
+	@rm -r $(VENV)-lock

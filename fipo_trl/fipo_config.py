@@ -1,0 +1,232 @@
+"""Every setting of FIPO, its bounds, and the guard against runs in which FIPO would silently be DAPO."""
+
+import warnings
+from dataclasses import dataclass, field, fields
+
+from transformers.trainer_utils import SchedulerType
+from trl import GRPOConfig
+
+
+UPDATES_PER_GENERATION = 8  # gradient updates on each rollout batch in the paper's FIPO runs (512 prompts in 64s)
+LOSS_TYPES = ("dapo", "grpo", "dr_grpo", "bnpo")  # clipped per-token objectives: eq. 8, aggregated in various ways
+
+
+@dataclass
+class FIPOConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`FIPOTrainer`].
+
+    [`FIPOConfig`] inherits every parameter from [`~trl.GRPOConfig`]. It adds those of FIPO, and changes some defaults
+    to those of the FIPO paper's Qwen2.5-32B run (https://arxiv.org/abs/2603.19835, and its official code where the
+    paper is silent).
+
+    Parameters:
+        > Parameters of FIPO
+
+        future_kl_half_life (`float`, *optional*, defaults to `32.0`):
+            Half-life of Future-KL, in tokens: a token this far ahead counts half. τ in the paper (eq. 6). `inf`
+            discounts nothing.
+        influence_weight_min (`float`, *optional*, defaults to `1.0`):
+            Lower bound of the influence weight, absolute, not an offset from 1. The paper's 1 - ε_f,low (eq. 7): 1.0
+            at 32B, 0.8 at 7B.
+        influence_weight_max (`float`, *optional*, defaults to `1.2`):
+            Upper bound of the influence weight, absolute. The paper's 1 + ε_f,high (eq. 7). Setting both bounds to 1
+            switches FIPO off.
+        influence_safety_ratio (`float`, *optional*, defaults to `10.0`):
+            Where the advantage is negative and the probability ratio exceeds this, the influence weight is clipped to
+            [0.8, 1.0]. 10 in the official 32B run, 3 at 7B.
+        drop_dual_clipped_sequences (`bool`, *optional*, defaults to `True`):
+            Whether a completion in which more than one token is dual-clipped (negative advantage, ratio above
+            `delta`) leaves the loss and, for `loss_type="dapo"`, the token mean. As in the official code.
+
+        > Inherited parameters with another default
+
+        loss_type (`str`, *optional*, defaults to `"dapo"`):
+            FIPO is defined for the clipped per-token objectives: `"dapo"`, `"grpo"`, `"dr_grpo"` and `"bnpo"`.
+        epsilon (`float`, *optional*, defaults to `0.2`):
+            Lower clip range of the probability ratio.
+        epsilon_high (`float`, *optional*, defaults to `0.28`):
+            Upper clip range of the probability ratio.
+        delta (`float`, *optional*, defaults to `10.0`):
+            Dual clip c, and the ratio above which a token takes no part in Future-KL (eq. 5). Must be greater than
+            `1 + epsilon_high`.
+        beta (`float`, *optional*, defaults to `0.0`):
+            No KL penalty, hence no reference model.
+        lr_scheduler_type (`str` or [`~transformers.SchedulerType`], *optional*, defaults to `"constant_with_warmup"`):
+            Constant learning rate after `warmup_steps` optimizer updates (0 by default).
+        vllm_importance_sampling_correction (`bool`, *optional*, defaults to `False`):
+            No correction of the mismatch between vLLM and the trainer, as in the paper's runs. TRL's default
+            correction removes whole sequences, long ones first.
+        steps_per_generation (`int`, *optional*):
+            Micro-steps per generation. Defaults to `8 * gradient_accumulation_steps` if `generation_batch_size` is not
+            set either: 8 gradient updates per generation, as in the paper. With one update per generation the policy
+            equals the policy that generated, and FIPO equals DAPO.
+    """
+
+    future_kl_half_life: float = field(
+        default=32.0,
+        metadata={"help": "Half-life of Future-KL in tokens: a token this far ahead counts half (paper: tau)."},
+    )
+    influence_weight_min: float = field(
+        default=1.0,
+        metadata={"help": "Lower bound of the influence weight, absolute (paper: 1.0 at 32B, 0.8 at 7B)."},
+    )
+    influence_weight_max: float = field(
+        default=1.2,
+        metadata={"help": "Upper bound of the influence weight, absolute. Both bounds 1 switch FIPO off."},
+    )
+    influence_safety_ratio: float = field(
+        default=10.0,
+        metadata={
+            "help": "Where the advantage is negative and the probability ratio exceeds this, the influence weight is "
+            "clipped to [0.8, 1.0] (official code: 10 at 32B, 3 at 7B)."
+        },
+    )
+    drop_dual_clipped_sequences: bool = field(
+        default=True,
+        metadata={"help": "Whether a completion with more than one dual-clipped token leaves the loss."},
+    )
+
+    loss_type: str = field(
+        default="dapo",
+        metadata={"help": "Aggregation of the per-token objective: 'dapo', 'grpo', 'dr_grpo' or 'bnpo'."},
+    )
+    epsilon: float = field(default=0.2, metadata={"help": "Lower clip range of the probability ratio."})
+    epsilon_high: float | None = field(default=0.28, metadata={"help": "Upper clip range of the probability ratio."})
+    delta: float | None = field(
+        default=10.0,
+        metadata={
+            "help": "Dual clip c, and the ratio above which a token takes no part in Future-KL. Must be greater than "
+            "1 + epsilon_high."
+        },
+    )
+    beta: float = field(default=0.0, metadata={"help": "KL coefficient. 0 needs no reference model."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="constant_with_warmup",
+        metadata={"help": "The learning rate scheduler type to use. See `SchedulerType` for all possible values."},
+    )
+    vllm_importance_sampling_correction: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to correct for the mismatch between vLLM's and the trainer's log-probabilities. If you "
+            "switch it on, set vllm_importance_sampling_mode='token_truncate'."
+        },
+    )
+    steps_per_generation: int | None = field(
+        default=None,
+        metadata={
+            "help": "Micro-steps per generation. If neither this nor generation_batch_size is set, it is "
+            "8 * gradient_accumulation_steps: 8 gradient updates per generation."
+        },
+    )
+
+    def __post_init__(self):
+        if self.steps_per_generation is None and self.generation_batch_size is None:
+            self.steps_per_generation = UPDATES_PER_GENERATION * self.gradient_accumulation_steps
+        super().__post_init__()
+        self._check()
+
+    @classmethod
+    def from_grpo_config(cls, args: GRPOConfig) -> tuple["FIPOConfig", dict]:
+        """Promote a `GRPOConfig`: settings left at TRL's defaults adopt those of FIPO.
+
+        A setting that was written out with the value of TRL's default cannot be told from one that was left alone,
+        and adopts FIPO's too. So does `steps_per_generation` where it equals `gradient_accumulation_steps`.
+
+        Returns:
+            The new configuration (`args` is not touched), and a dict of the values adopted, `{name: value}`.
+
+        Raises:
+            ValueError: if the result is not a valid `FIPOConfig`.
+        """
+        # TrainingArguments.__post_init__ rewrites its own fields and cannot be run on the result, so no constructor
+        config = object.__new__(cls)
+        config.__dict__.update(args.__dict__)
+        theirs = {f.name: f.default for f in fields(GRPOConfig)}
+        adopted = {
+            f.name: f.default
+            for f in fields(cls)
+            if f.name not in theirs or (f.default != theirs[f.name] and getattr(args, f.name) == theirs[f.name])
+        }
+        if args.steps_per_generation == args.gradient_accumulation_steps:
+            adopted["steps_per_generation"] = UPDATES_PER_GENERATION * args.gradient_accumulation_steps
+            adopted["generation_batch_size"] = UPDATES_PER_GENERATION * args.generation_batch_size
+        config.__dict__.update(adopted)
+        config.lr_scheduler_type = SchedulerType(config.lr_scheduler_type)
+        config._check()
+        return config, adopted
+
+    @property
+    def updates_per_generation(self) -> float:
+        """Gradient updates made on each generation batch."""
+        return self.steps_per_generation * self.num_iterations / self.gradient_accumulation_steps
+
+    @property
+    def fipo_is_off(self) -> bool:
+        """Whether both weight bounds are 1, so that every influence weight is 1 by choice."""
+        return self.influence_weight_min == self.influence_weight_max == 1.0
+
+    def _check(self):
+        """Refuse what would train something else than FIPO, before any GPU time is spent."""
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(
+                f"loss_type='{self.loss_type}' is not supported: FIPO weights the advantages of a clipped per-token "
+                f"objective. Set loss_type to 'dapo' (the paper's), or to one of {', '.join(LOSS_TYPES[1:])}."
+            )
+        if self.importance_sampling_level != "token":
+            raise ValueError(
+                f"importance_sampling_level='{self.importance_sampling_level}' is not supported: Future-KL is made of "
+                "per-token probability ratios. Set importance_sampling_level='token'."
+            )
+        epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if self.delta is None or not self.delta > 1 + epsilon_high:
+            raise ValueError(
+                f"delta={self.delta} must be greater than 1 + epsilon_high = {1 + epsilon_high:g}: it is the dual "
+                "clip c, and the ratio above which a token takes no part in Future-KL; training is unstable without. "
+                "Set delta=10.0 (the paper's)."
+            )
+        if not 0.0 < self.influence_weight_min <= self.influence_weight_max:
+            raise ValueError(
+                f"influence_weight_min={self.influence_weight_min} and influence_weight_max="
+                f"{self.influence_weight_max} must satisfy 0 < min <= max. They are absolute bounds, not offsets from "
+                "1: set 1.0 and 1.2 (the paper's 32B run), or 0.8 and 1.2 (7B)."
+            )
+        if not self.future_kl_half_life > 0:
+            raise ValueError(
+                f"future_kl_half_life={self.future_kl_half_life} must be greater than 0 tokens. Set 32.0 (the "
+                "paper's)."
+            )
+        if not self.influence_safety_ratio > 0:
+            raise ValueError(
+                f"influence_safety_ratio={self.influence_safety_ratio} must be greater than 0. Set 10.0 (the official "
+                "32B run) or 3.0 (7B)."
+            )
+        if self.lr_scheduler_type == SchedulerType.CONSTANT and self.warmup_steps > 0:
+            raise ValueError(
+                f"lr_scheduler_type='constant' ignores warmup_steps={self.warmup_steps:g}. Set "
+                "lr_scheduler_type='constant_with_warmup', or warmup_steps=0."
+            )
+        if self.updates_per_generation <= 1 and not self.fipo_is_off:
+            sequences = UPDATES_PER_GENERATION * self.gradient_accumulation_steps * self.generation_batch_size
+            raise ValueError(
+                f"FIPO would be DAPO: steps_per_generation={self.steps_per_generation} x num_iterations="
+                f"{self.num_iterations} / gradient_accumulation_steps={self.gradient_accumulation_steps} = "
+                f"{self.updates_per_generation:g} gradient updates per generation. In the first update after a "
+                "generation the policy is still the one that generated: every log-ratio is 0 and every influence "
+                "weight 1. FIPO acts only from the second update on, and the paper makes 8. Set steps_per_generation="
+                f"{UPDATES_PER_GENERATION * self.gradient_accumulation_steps} (that is, generation_batch_size="
+                f"{sequences // self.steps_per_generation}). To run DAPO on purpose, set influence_weight_min=1.0 and "
+                "influence_weight_max=1.0."
+            )
+        if (
+            self.use_vllm
+            and self.vllm_importance_sampling_correction
+            and self.vllm_importance_sampling_mode.startswith("sequence")
+        ):
+            warnings.warn(
+                f"vllm_importance_sampling_mode='{self.vllm_importance_sampling_mode}' multiplies the ratios of all "
+                "tokens of a completion, so that small differences between vLLM and the trainer add up and long "
+                "answers are masked away or shrunk. Set vllm_importance_sampling_mode='token_truncate', or "
+                "vllm_importance_sampling_correction=False as in the paper's runs.",
+                stacklevel=3,
+            )

@@ -1,0 +1,26 @@
+"""Train a few updates on however many processes there are, and save what came out. Run by test_two_processes.py.
+
+All completions of a generation go into each update, so that the ranks need not agree with a single process on the order
+in which TRL deals them.
+"""
+
+import json
+import sys
+
+import torch
+from accelerate import PartialState
+from tiny import fixed_rollouts, make_trainer, parameters
+
+
+def main(result, output_dir, settings):
+    world_size = PartialState().num_processes
+    settings = json.loads(settings)
+    settings["per_device_train_batch_size"] = settings["per_device_train_batch_size"] // world_size
+    trainer = make_trainer(output_dir, keywords={"rollout_func": fixed_rollouts}, **settings)
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        torch.save({"parameters": parameters(trainer), "log": trainer.state.log_history}, result)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
