@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from fipo_trl import FIPOConfig, FIPOTrainer
 
 
-BASE = "/tmp/tinymodel"
+BASE = "recipes/tiny/base"
 PROMPTS = [f"a{i % 5}b{i // 5 % 5}=" if i % 3 else f"a{i % 5}b{i // 5 % 5}c{i // 25}=" for i in range(100)]
 
 

@@ -1,7 +1,7 @@
 """Train a few updates on however many processes there are, and save what came out. Run by test_two_processes.py.
 
-All completions of a generation go into each update, so that the ranks need not agree with a single process on the order
-in which TRL deals them.
+All completions of a generation go into each update, so that the ranks need not agree with a single process on the
+order in which TRL deals them.
 """
 
 import json

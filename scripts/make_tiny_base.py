@@ -1,0 +1,213 @@
+"""Rebuilds the tiny base model and its problems: recipes/tiny/base/ and recipes/tiny/data/.
+
+    python scripts/make_tiny_base.py
+
+The base is a Qwen2 of two layers that has read a teacher's answers to running sums (`fipo_trl.running_sums`). It first
+learns from clean single chains how to add, then from checked chains how to walk again, and last from a mixture of
+guesses, chains with slips and checked chains. So it can do all that reinforcement learning has to bring out, but does
+the right thing only sometimes. The seed is fixed and one thread computes: a second run on the same machine with the
+same package versions writes the same bytes.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+from fipo_trl.running_sums import (
+    ALPHABET,
+    BEHAVIOURS,
+    behaviour,
+    correct_answer,
+    exact_answer,
+    make_problem,
+    worked_answer,
+)
+
+
+PAD, EOS = "<pad>", "<eos>"
+MIN_DIGITS, MAX_DIGITS = 4, 6  # of the problems in recipes/tiny/data/
+TEST_ROWS, TRAIN_ROWS = 200, 2000
+MAX_TOKENS = 256  # of a prompt and its answer; the teacher's longest is 109
+BATCH_SIZE = 64  # answers per optimizer step
+LEARNING_RATE = 4e-3  # at its peak
+
+
+class Phase(NamedTuple):
+    """A lesson: optimizer steps, digits of its shortest problem, slip rate, and {max_walks: share of the answers}."""
+
+    name: str
+    steps: int
+    min_digits: int
+    slip: float
+    shares: dict[int, float]
+
+
+PHASES = (
+    Phase("clean chains", 400, 1, 0.0, {1: 1.0}),  # short problems teach adding in half the steps
+    Phase("checks", 450, 1, 0.18, {3: 1.0}),
+    Phase("mixture", 350, MIN_DIGITS, 0.18, {0: 0.40, 1: 0.35, 2: 0.12, 3: 0.13}),
+)
+
+
+def write_data(rng: Random, folder: Path) -> list[str]:
+    """Writes train.jsonl and test.jsonl, with no prompt twice, and returns the prompts of the latter."""
+    problems: dict[str, None] = {}  # a set that keeps its order
+    while len(problems) < TEST_ROWS + TRAIN_ROWS:
+        problems[make_problem(rng, MIN_DIGITS, MAX_DIGITS)] = None
+    test, train = list(problems)[:TEST_ROWS], list(problems)[TEST_ROWS:]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, prompts in (("train", train), ("test", test)):
+        rows = [json.dumps({"prompt": prompt, "solution": correct_answer(prompt)}) + "\n" for prompt in prompts]
+        (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+    return test
+
+
+def make_tokenizer() -> Qwen2Tokenizer:
+    """Returns a tokenizer with one token per character of the task, padding on the left.
+
+    It is a Qwen2Tokenizer without merges, because `AutoTokenizer` turns the tokenizer of every Qwen2 model into one;
+    another tokenizer would lose its spaces when it is loaded.
+    """
+    characters = [character.replace(" ", "Ġ") for character in ALPHABET]  # how byte-level vocabularies write a space
+    vocabulary = {token: index for index, token in enumerate([PAD, EOS, *characters])}
+    return Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=[],
+        unk_token=PAD,
+        pad_token=PAD,
+        eos_token=EOS,
+        padding_side="left",
+        model_max_length=MAX_TOKENS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
+    """Returns an untrained Qwen2 of two layers and width 64, about 90,000 weights in float32."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
+    )
+    return model
+
+
+def train(model, tokenizer, rng: Random, held_out: set[str], phase: Phase) -> None:
+    """Trains one phase on completion tokens only, on no held-out prompt; the learning rate warms up, then decays."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 40, (phase.steps - step) / (0.4 * phase.steps))
+    )
+    started = time.perf_counter()
+    for step in range(1, phase.steps + 1):
+        prompts, answers = [], []
+        while len(prompts) < BATCH_SIZE:
+            prompt = make_problem(rng, phase.min_digits, MAX_DIGITS)
+            if prompt in held_out:
+                continue
+            max_walks = rng.choices(list(phase.shares), list(phase.shares.values()))[0]
+            prompts.append(prompt)
+            answers.append(worked_answer(rng, prompt, max_walks, phase.slip))
+        input_ids, labels = encode(tokenizer, prompts, answers)
+        logits = model(input_ids=input_ids).logits[:, :-1]
+        loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            seconds = time.perf_counter() - started
+            print(f"{phase.name}: step {step}/{phase.steps}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True)
+
+
+def encode(tokenizer, prompts: list[str], answers: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns token ids padded on the right and labels that are -100 on prompts and padding, both of shape (B, L)."""
+    ids = [
+        [*tokenizer.encode(prompt + answer), tokenizer.eos_token_id]
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    input_ids = torch.full((len(ids), max(map(len, ids))), tokenizer.pad_token_id)
+    labels = torch.full_like(input_ids, -100)
+    for row, (prompt, tokens) in enumerate(zip(prompts, ids, strict=True)):
+        input_ids[row, : len(tokens)] = torch.tensor(tokens)
+        labels[row, len(prompt) : len(tokens)] = torch.tensor(tokens[len(prompt) :])
+    return input_ids, labels
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts: list[str], samples: int) -> tuple[list[str], list[str]]:
+    """Samples at temperature 1 from the whole distribution; returns the prompts, repeated, and their completions.
+
+    A completion without its end of sequence holds one token per character.
+    """
+    prompts = [prompt for prompt in prompts for _ in range(samples)]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    length = batch.input_ids.shape[1]
+    output = model.generate(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        max_length=model.config.max_position_embeddings,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+    )
+    return prompts, tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+
+
+def report(prompts: list[str], completions: list[str]) -> None:
+    """Prints sampled accuracy, mean length in tokens and the share of each behaviour."""
+    rewards = exact_answer(prompts, completions)
+    lengths = [len(completion) + 1 for completion in completions]  # one for the end-of-sequence token
+    rows = {"all answers": list(range(len(completions)))} | {name: [] for name in BEHAVIOURS}
+    for row, completion in enumerate(completions):
+        rows[behaviour(completion)].append(row)
+    print(f"\n{'':16}{'share':>8}{'accuracy':>10}{'tokens':>8}")
+    for name, members in rows.items():
+        count = max(len(members), 1)
+        accuracy = sum(rewards[row] for row in members) / count
+        tokens = sum(lengths[row] for row in members) / count
+        print(f"{name:16}{len(members) / len(completions):8.1%}{accuracy:10.3f}{tokens:8.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("recipes/tiny"), help="folder for base/ and data/")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the problems and the samples")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)  # the order of additions, and so the bytes, must not depend on the number of cores
+    torch.manual_seed(args.seed)
+    rng = Random(args.seed)
+    test = write_data(rng, args.output / "data")
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    for phase in PHASES:
+        train(model, tokenizer, rng, set(test), phase)
+    model.save_pretrained(args.output / "base")
+    tokenizer.save_pretrained(args.output / "base")
+    report(*sample(model.eval(), tokenizer, test, samples=8))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Evaluate a tiny base model, train it with FIPO, evaluate it again, and show what changed. No GPU, no download.
+
+    make quickstart
+
+The recipe is recipes/tiny/fipo.yaml, read by scripts/train_fipo.py as any other. Results go to outputs/quickstart:
+summary.json and training.png. Ctrl-C leaves a checkpoint, from which the next `make quickstart` goes on.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from statistics import mean
+
+import datasets
+import torch
+import transformers
+from make_tiny_base import sample
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+from train_fipo import INTERRUPTED, build_trainer, parse, train
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from fipo_trl.running_sums import BEHAVIOURS, behaviour, exact_answer
+
+
+RECIPE = "recipes/tiny/fipo.yaml"
+SAMPLES = 8  # completions per held-out problem: avg@8
+
+
+class ProgressBar(TrainerCallback):
+    """One bar over the generations, with the few numbers that tell how it goes."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        done = state.global_step // args.updates_per_generation
+        total = state.max_steps / args.updates_per_generation
+        self.bar = tqdm(total=int(total), initial=int(done), desc="FIPO", unit="generation", disable=None)
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "reward" in logs:
+            self.bar.update()
+            self.bar.set_postfix_str(
+                f"accuracy {logs['reward']:.2f}, length {logs['completions/mean_length']:.0f} tokens, "
+                f"weights != 1: {logs['fipo/active_fraction']:.0%}"
+            )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def evaluate(model, tokenizer, problems: list[str]) -> dict:
+    """Sample `SAMPLES` answers to each problem at temperature 1.
+
+    Returns:
+        `avg@8` (share of right answers), `mean_length` (tokens, without the end of sequence), `behaviours` (shares).
+    """
+    set_seed(0)
+    prompts, completions = sample(model.eval(), tokenizer, problems, SAMPLES)
+    seen = [behaviour(completion) for completion in completions]
+    return {
+        f"avg@{SAMPLES}": mean(exact_answer(prompts, completions)),
+        "mean_length": mean(map(len, completions)),
+        "behaviours": {name: seen.count(name) / len(seen) for name in BEHAVIOURS},
+    }
+
+
+def table(base: dict, trained: dict) -> str:
+    rows = [
+        (f"avg@{SAMPLES} accuracy, held-out problems", base[f"avg@{SAMPLES}"], trained[f"avg@{SAMPLES}"], "{:.1%}"),
+        ("mean length, tokens", base["mean_length"], trained["mean_length"], "{:.1f}"),
+    ]
+    rows += [
+        (f"answers with {name}", base["behaviours"][name], trained["behaviours"][name], "{:.1%}")
+        for name in BEHAVIOURS
+    ]
+    lines = [f"{'':38}{'base':>9}{'FIPO':>9}"]
+    lines += [f"{name:38}{form.format(before):>9}{form.format(after):>9}" for name, before, after, form in rows]
+    return "\n".join(lines)
+
+
+def draw(log_history: list[dict], path: Path):
+    """Accuracy, length and influence weights over the generations, from the rows that the trainer logged."""
+    rows = [row for row in log_history if "reward" in row]
+    generations = range(1, len(rows) + 1)
+
+    def column(name):
+        return [row[name] for row in rows]
+
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    accuracy, length, weights = figure.subplots(1, 3)
+    accuracy.plot(generations, column("reward"))
+    accuracy.set(title="accuracy of the rollouts", ylim=(0, 1))
+    length.fill_between(
+        generations, column("completions/min_length"), column("completions/max_length"), alpha=0.2, label="min to max"
+    )
+    length.plot(generations, column("completions/mean_length"), label="mean")
+    length.set(title="length of the rollouts, tokens", ylim=(0, None))
+    length.legend()
+    weights.fill_between(
+        generations,
+        column("fipo/influence_weight/min"),
+        column("fipo/influence_weight/max"),
+        alpha=0.2,
+        label="min to max",
+    )
+    weights.plot(generations, column("fipo/influence_weight/mean"), label="mean")
+    weights.set(title="influence weights f")
+    weights.legend()
+    for axis in (accuracy, length, weights):
+        axis.set_xlabel("generation (8 updates each)")
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=RECIPE, help=f"a recipe of the tiny task (default: {RECIPE})")
+    parser.add_argument("--output_dir", type=Path, default="outputs/quickstart", help="default: outputs/quickstart")
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving; those of the work stay
+    datasets.disable_progress_bars()
+    began = time.perf_counter()
+
+    run_dir, summary_path = options.output_dir / "run", options.output_dir / "summary.json"
+    if summary_path.exists():  # a finished quickstart starts over, an interrupted one goes on
+        shutil.rmtree(options.output_dir)
+    arguments = ["--config", options.config, "--output_dir", str(run_dir), "--disable_tqdm", "true"]
+    if any(run_dir.glob("checkpoint-*")):
+        arguments += ["--resume_from_checkpoint", "latest"]
+    script_args, training_args, model_args, mixture = parse(arguments)
+
+    held_out = datasets.load_dataset(script_args.dataset_name, split=script_args.dataset_test_split)
+    problems = held_out["prompt"][:]
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+    model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=torch.float32)
+    print(
+        f"A Qwen2 of {model.num_parameters():,} weights adds digits modulo 5: {problems[0]}{held_out['solution'][0]}\n"
+        f"1/3  The base model, {SAMPLES} samples for each of {len(problems)} held-out problems ..."
+    )
+    base = evaluate(model, tokenizer, problems)
+    print(f"     {base[f'avg@{SAMPLES}']:.1%} right\n2/3  Training with FIPO ({options.config}) ...")
+
+    trainer, checkpoint = build_trainer(script_args, training_args, model_args, mixture)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressBar())
+    if not train(trainer, checkpoint, script_args.dataset_name):
+        sys.exit(INTERRUPTED)
+
+    print("3/3  The trained model, on the same problems ...")
+    trained = evaluate(trainer.model, tokenizer, problems)
+    history = trainer.state.log_history
+    active = [row["fipo/active_fraction"] for row in history if "fipo/active_fraction" in row]
+    summary = {
+        "base": base,
+        "trained": trained,
+        "active_fraction": mean(active),
+        "updates": trainer.state.global_step,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    summary_path.write_text(json.dumps(summary, indent=2) + "\n")
+    figure_path = options.output_dir / "training.png"
+    draw(history, figure_path)
+    print(f"\n{table(base, trained)}\n")
+    print(
+        f"FIPO acted on {summary['active_fraction']:.0%} of the tokens (an influence weight other than 1), in "
+        f"{summary['updates']} updates. All took {summary['seconds']:.0f} s.\n"
+        f"Curves: {figure_path}   Numbers: {summary_path}   Model: {run_dir}"
+    )
+
+
+if __name__ == "__main__":
+    main()

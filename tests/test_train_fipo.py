@@ -1,0 +1,214 @@
+"""The command line, from the outside: `accelerate launch scripts/train_fipo.py`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+from train_fipo import build_trainer, find_checkpoint, load_rewards, parse  # noqa: E402
+
+
+RECIPE = "recipes/tiny/fipo.yaml"
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "scripts/train_fipo.py", "--config"]
+
+
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def launch(recipe, output_dir, *arguments, check=True):
+    command = [*LAUNCH, recipe, "--output_dir", str(output_dir), *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0 or not check, run.stderr
+    return run
+
+
+def log_of(output_dir, step):
+    return json.loads((output_dir / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
+
+
+def test_trains_from_a_recipe(tmp_path):
+    run = launch(RECIPE, tmp_path, "--max_steps", 16, "--save_steps", 16, "--report_to", "tensorboard")
+    assert f"Trained for 16 updates. The model is in {tmp_path}." in run.stdout
+    before, after = load_file("recipes/tiny/base/model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert all(not torch.equal(before[name], after[name]) for name in after)
+    assert "Future-KL Influenced Policy Optimization" in (tmp_path / "README.md").read_text()
+    rows = log_of(tmp_path, 16)
+    assert [row["step"] for row in rows if "loss" in row] == [8, 16]
+    assert rows[-1]["fipo/active_fraction"] > 0
+
+    events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents*")).parent))
+    events.Reload()
+    logged = {event.step: event.value for event in events.Scalars("train/fipo/influence_weight/mean")}
+    expected = {row["step"]: row["fipo/influence_weight/mean"] for row in rows if "fipo/influence_weight/mean" in row}
+    assert logged == pytest.approx(expected)
+
+
+def test_control_arm_is_grpo(tmp_path):
+    run = launch(RECIPE, tmp_path, "--max_steps", 8, "--save_steps", 8, "--trainer", "grpo")
+    assert "Trained for 8 updates" in run.stdout
+    assert not any(name.startswith("fipo/") for row in log_of(tmp_path, 8) for name in row)
+
+
+def test_lora_saves_an_adapter(tmp_path):
+    launch("recipes/tiny/fipo_lora.yaml", tmp_path, "--max_steps", 8)
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    moved = [p.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name]
+    assert moved
+    assert all(moved)
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resumes_exactly(tmp_path):
+    arguments = ["--max_steps", "40", "--save_steps", "40", "--logging_steps", "1"]
+    launch(RECIPE, tmp_path / "uninterrupted", *arguments)
+
+    # The script itself: a terminal sends Ctrl-C to it and to its launcher alike
+    interrupted = [sys.executable, "scripts/train_fipo.py", "--config", RECIPE]
+    interrupted += ["--output_dir", str(tmp_path / "interrupted"), *arguments]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(interrupted, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
+        deadline = time.monotonic() + 120
+        while "'loss'" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130, log.read_text()
+    assert "--resume_from_checkpoint latest" in log.read_text()
+    (checkpoint,) = (tmp_path / "interrupted").glob("checkpoint-*")
+    assert int(checkpoint.name.split("-")[1]) < 40
+    assert not (tmp_path / "interrupted" / "model.safetensors").exists()
+
+    again = launch(RECIPE, tmp_path / "interrupted", *arguments, check=False)
+    assert again.returncode != 0
+    assert "of an earlier run. Pass --resume_from_checkpoint latest" in again.stderr
+    launch(RECIPE, tmp_path / "interrupted", *arguments, "--resume_from_checkpoint", "latest")
+    expected = load_file(tmp_path / "uninterrupted" / "model.safetensors")
+    resumed = load_file(tmp_path / "interrupted" / "model.safetensors")
+    assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning_rat", "1"], "argument: nothing reads 'learning_rat'. Did you mean 'learning_rate'?"),
+        (["--max_step", "1"], "argument: nothing reads 'max_step'. Did you mean 'max_steps'?"),
+        (
+            ["--future_kl_halflife=8"],
+            "argument: nothing reads 'future_kl_halflife'. Did you mean 'future_kl_half_life'?",
+        ),
+        (["--config", "recipes/none.yaml"], "--config recipes/none.yaml: there is no such file."),
+        (["--delta", "1.0"], "delta=1.0 must be greater than 1 + epsilon_high"),
+        (["--steps_per_generation", "1"], "FIPO would be DAPO: steps_per_generation=1 x num_iterations=1"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared below)
+        parse(["--config", RECIPE, *arguments] if "--config" not in arguments else arguments)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("influence_wieght_min: 1.0", "nothing reads 'influence_wieght_min'. Did you mean 'influence_weight_min'?"),
+        ("decay_rate: 32", "nothing reads 'decay_rate'."),
+        ("learning_rate: 1.0e-6", "'learning_rate' is given 2 times. Keep one."),
+    ],
+)
+def test_wrong_recipe(tmp_path, line, message):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(Path(RECIPE).read_text() + line + "\n")
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        parse(["--config", str(recipe)])
+    assert str(error.value).startswith(f"{recipe}: ")
+    assert message in str(error.value)
+    run = launch(str(recipe), tmp_path / "run", check=False)
+    assert run.returncode == 1
+    assert f"error: {recipe}: {message}" in run.stderr
+    assert "Traceback" not in run.stderr.split("error:")[0]
+
+
+def test_recipe_must_be_a_mapping(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("- learning_rate\n")
+    with pytest.raises(ValueError, match="must hold 'key: value' lines"):
+        parse([f"--config={recipe}"])
+
+
+def test_flags_win_over_the_recipe():
+    _, args, _, _ = parse(["--config", RECIPE, "--learning_rate", "0.5", "--influence_weight_min", "0.8"])
+    assert (args.learning_rate, args.influence_weight_min) == (0.5, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--reward_funcs", "no_such_reward"], "reward_funcs: cannot load 'no_such_reward'"),
+        (
+            ["--reward_funcs", "no_such.module.reward"],
+            "cannot load 'no_such.module.reward' (No module named 'no_such')",
+        ),
+        (["--reward_funcs", "tests.tiny.columns"], "cannot load 'tests.tiny.columns'"),
+        (["--dataset_name", "recipes/no_data"], "dataset_name: cannot load 'recipes/no_data'"),
+        (["--dataset_train_split", "training"], "The dataset has no split 'training', only "),
+        (
+            ["--reward_funcs", "trl.rewards.accuracy_reward", "tests.rewards_for_tests.needs_column"],
+            "no column 'level'",
+        ),
+    ],
+)
+def test_data_and_rewards_are_checked_before_the_model_is_loaded(tmp_path, arguments, message):
+    parsed = parse(
+        ["--config", RECIPE, "--output_dir", str(tmp_path), "--model_name_or_path", "not/loaded", *arguments]
+    )
+    with pytest.raises(SystemExit) as error:
+        build_trainer(*parsed)
+    assert str(error.value).startswith("error: ")
+    assert message in str(error.value)
+
+
+def test_rewards_by_name():
+    script_args, args, _, _ = parse(
+        ["--config", RECIPE, "--reward_funcs", "accuracy_reward", "get_soft_overlong_punishment"]
+    )
+    accuracy, overlong = load_rewards(script_args, args)
+    assert accuracy.__module__.startswith("trl.rewards")
+    length = args.max_completion_length
+    ids = [[0] * (length * 4 // 5), [0] * length]
+    assert overlong(completion_ids=ids) == [0.0, -1.0]
+
+
+def test_resume_from_what_is_not_there(tmp_path):
+    for value, message in [("latest", "holds no checkpoint"), (str(tmp_path / "none"), "there is no such folder")]:
+        parsed = parse(["--config", RECIPE, "--output_dir", str(tmp_path), "--resume_from_checkpoint", value])
+        with pytest.raises(ValueError, match=message):
+            find_checkpoint(parsed[1])
+
+
+def test_help_names_every_setting():
+    environment = os.environ | {"COLUMNS": "100"}
+    run = subprocess.run(
+        [sys.executable, "scripts/train_fipo.py", "--help"], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert run.returncode == 0
+    for text in (
+        "--config RECIPE.yaml",
+        "--trainer {fipo,grpo}",
+        "--influence_weight_max",
+        "--lora_r",
+        "--reward_funcs",
+    ):
+        assert text in run.stdout
