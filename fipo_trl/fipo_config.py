@@ -39,6 +39,14 @@ class FIPOConfig(GRPOConfig):
             Whether a completion in which more than one token is dual-clipped (negative advantage, ratio above
             `delta`) leaves the loss and, for `loss_type="dapo"`, the token mean. As in the official code.
 
+        > Parameters of speed
+
+        group_by_length (`bool`, *optional*, defaults to `True`):
+            Whether the micro-batches of an optimizer update hold completions of similar length, cut to their own
+            longest prompt and completion, in place of random ones padded to the longest of the whole generation. The
+            update is the same up to rounding. Where the loss depends on which completions share a micro-batch, they
+            are cut only; batches with images are left alone. The reason is logged.
+
         > Inherited parameters with another default
 
         loss_type (`str`, *optional*, defaults to `"dapo"`):
@@ -85,6 +93,13 @@ class FIPOConfig(GRPOConfig):
     drop_dual_clipped_sequences: bool = field(
         default=True,
         metadata={"help": "Whether a completion with more than one dual-clipped token leaves the loss."},
+    )
+    group_by_length: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether micro-batches hold completions of similar length and are cut to their own longest one: "
+            "the same update, without the padding."
+        },
     )
 
     loss_type: str = field(

@@ -17,6 +17,7 @@ from trl.trainer.utils import get_config_model_id
 
 from fipo_trl.fipo_config import FIPOConfig
 from fipo_trl.influence import InfluenceStatistics, influence_weights
+from fipo_trl.length_grouping import log_probs_by_length, regroup, trim, unknown_keys
 
 
 logger = get_logger(__name__)
@@ -83,6 +84,7 @@ class FIPOTrainer(GRPOTrainer):
         self._update_statistics = []  # one (len(InfluenceStatistics),) tensor per micro-batch of this update
         self._inert_updates = 0  # updates in a row in which FIPO equalled DAPO
         self._train_sampler = None  # TRL's; None for iterable datasets
+        self._grouping_explained = False
         super().__init__(model, reward_funcs, args, *positional, **keywords)
 
         prompts = args.generation_batch_size // args.num_generations
@@ -96,6 +98,38 @@ class FIPOTrainer(GRPOTrainer):
         if adopted:
             values = ", ".join(f"{name}={value}" for name, value in adopted.items())
             logger.warning(f"GRPOConfig was promoted to FIPOConfig. Settings left at TRL's defaults became: {values}.")
+
+    # Micro-batches without padding
+
+    def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.args.group_by_length and self._buffered_inputs is not before:  # a new generation
+            self._buffered_inputs = self._group_by_length(self._buffered_inputs)
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return inputs
+
+    def _group_by_length(self, micro_batches):
+        if unknown := unknown_keys(micro_batches[0]):
+            self._explain_no_grouping(f"micro-batches with {', '.join(sorted(unknown))} are neither sorted nor cut")
+            return micro_batches
+        per_update = self.args.gradient_accumulation_steps
+        shared = {  # what makes the loss of a row depend on the other rows of its micro-batch
+            "loss_type='bnpo'": self.loss_type == "bnpo",
+            "an entropy bonus": self._entropy_bonus_enabled,
+            "top_entropy_quantile < 1": self.top_entropy_quantile < 1.0,
+            "the router's auxiliary loss": self.aux_loss_enabled,
+            "updates that span two generations": self.args.steps_per_generation % per_update != 0,
+        }
+        if reasons := [reason for reason, applies in shared.items() if applies]:
+            self._explain_no_grouping(f"with {' and '.join(reasons)} micro-batches are cut, but not sorted")
+            return [trim(batch) for batch in micro_batches]
+        return regroup(micro_batches, per_update)
+
+    def _explain_no_grouping(self, reason):
+        if not self._grouping_explained:
+            logger.warning(f"group_by_length: {reason}.")
+            self._grouping_explained = True
 
     # The loss
 
@@ -117,6 +151,8 @@ class FIPOTrainer(GRPOTrainer):
         return loss
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        if self._weighted_inputs is None and self.args.group_by_length:  # old and reference log-probs
+            return log_probs_by_length(super()._get_per_token_logps_and_entropies, *args, **kwargs)
         outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if self._weighted_inputs is not None:
             self._weight_advantages(self._weighted_inputs, per_token_logps=outputs[0].detach())

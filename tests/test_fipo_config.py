@@ -118,6 +118,7 @@ def test_grpo_config_promotion_keeps_what_the_user_set(tmp_path):
         "influence_weight_max",
         "influence_safety_ratio",
         "drop_dual_clipped_sequences",
+        "group_by_length",
         "epsilon_high",
         "lr_scheduler_type",
         "vllm_importance_sampling_correction",

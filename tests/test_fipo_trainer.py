@@ -29,7 +29,13 @@ from fipo_trl import FIPOConfig, FIPOTrainer
 
 
 ROLLOUTS = {"rollout_func": fixed_rollouts}
-OFF = {"influence_weight_min": 1.0, "influence_weight_max": 1.0, "drop_dual_clipped_sequences": False}
+# Without grouping, because another padding rounds otherwise
+OFF = {
+    "influence_weight_min": 1.0,
+    "influence_weight_max": 1.0,
+    "drop_dual_clipped_sequences": False,
+    "group_by_length": False,
+}
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False}  # TRL computes log-probs in float32, whatever the model
 METRICS = {
     "fipo/future_kl",
