@@ -1,5 +1,6 @@
 """Every setting of FIPO, its bounds, and the guard against runs in which FIPO would silently be DAPO."""
 
+import math
 import warnings
 from dataclasses import dataclass, field, fields
 
@@ -31,7 +32,7 @@ class FIPOConfig(GRPOConfig):
             at 32B, 0.8 at 7B.
         influence_weight_max (`float`, *optional*, defaults to `1.2`):
             Upper bound of the influence weight, absolute. The paper's 1 + ε_f,high (eq. 7). Setting both bounds to 1
-            switches FIPO off.
+            switches the weights off, and with `drop_dual_clipped_sequences=False` all of FIPO.
         influence_safety_ratio (`float`, *optional*, defaults to `10.0`):
             Where the advantage is negative and the probability ratio exceeds this, the influence weight is clipped to
             [0.8, 1.0]. 10 in the official 32B run, 3 at 7B.
@@ -81,7 +82,7 @@ class FIPOConfig(GRPOConfig):
     )
     influence_weight_max: float = field(
         default=1.2,
-        metadata={"help": "Upper bound of the influence weight, absolute. Both bounds 1 switch FIPO off."},
+        metadata={"help": "Upper bound of the influence weight, absolute. Both bounds 1 switch the weights off."},
     )
     influence_safety_ratio: float = field(
         default=10.0,
@@ -200,11 +201,11 @@ class FIPOConfig(GRPOConfig):
                 "clip c, and the ratio above which a token takes no part in Future-KL; training is unstable without. "
                 "Set delta=10.0 (the paper's)."
             )
-        if not 0.0 < self.influence_weight_min <= self.influence_weight_max:
+        if not 0.0 < self.influence_weight_min <= self.influence_weight_max < math.inf:
             raise ValueError(
                 f"influence_weight_min={self.influence_weight_min} and influence_weight_max="
-                f"{self.influence_weight_max} must satisfy 0 < min <= max. They are absolute bounds, not offsets from "
-                "1: set 1.0 and 1.2 (the paper's 32B run), or 0.8 and 1.2 (7B)."
+                f"{self.influence_weight_max} must satisfy 0 < min <= max < inf. They are absolute bounds, not "
+                "offsets from 1: set 1.0 and 1.2 (the paper's 32B run), or 0.8 and 1.2 (7B)."
             )
         if not self.future_kl_half_life > 0:
             raise ValueError(
@@ -230,8 +231,8 @@ class FIPOConfig(GRPOConfig):
                 "generation the policy is still the one that generated: every log-ratio is 0 and every influence "
                 "weight 1. FIPO acts only from the second update on, and the paper makes 8. Set steps_per_generation="
                 f"{UPDATES_PER_GENERATION * self.gradient_accumulation_steps} (that is, generation_batch_size="
-                f"{sequences // self.steps_per_generation}). To run DAPO on purpose, set influence_weight_min=1.0 and "
-                "influence_weight_max=1.0."
+                f"{sequences // self.steps_per_generation}). To run DAPO on purpose, set influence_weight_min=1.0, "
+                "influence_weight_max=1.0 and drop_dual_clipped_sequences=False."
             )
         if (
             self.use_vllm

@@ -11,7 +11,7 @@ import textwrap
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, send_to_device
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -87,14 +87,6 @@ class FIPOTrainer(GRPOTrainer):
         self._grouping_explained = False
         super().__init__(model, reward_funcs, args, *positional, **keywords)
 
-        prompts = args.generation_batch_size // args.num_generations
-        if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) < prompts:
-            raise ValueError(
-                f"train_dataset has {len(self.train_dataset)} rows, fewer than the {prompts} prompts of one "
-                f"generation (generation_batch_size={args.generation_batch_size} / num_generations="
-                f"{args.num_generations}): TRL would stop before the first update. Add prompts, or lower "
-                f"steps_per_generation={args.steps_per_generation}."
-            )
         if adopted:
             values = ", ".join(f"{name}={value}" for name, value in adopted.items())
             logger.warning(f"GRPOConfig was promoted to FIPOConfig. Settings left at TRL's defaults became: {values}.")
@@ -159,7 +151,7 @@ class FIPOTrainer(GRPOTrainer):
         return outputs
 
     def _weight_advantages(self, inputs, per_token_logps):
-        """Replace the advantages (B,) in `inputs` by `A f` (B, T), 0 for sequences that leave the loss."""
+        """Replace the advantages (B,) in `inputs` by `A f` (B, T), 0 for sequences that leave the policy loss."""
         mask = inputs["completion_mask"]  # (B, T)
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
@@ -262,7 +254,19 @@ class FIPOTrainer(GRPOTrainer):
                 f"learning_rate={self.args.learning_rate} and warmup_steps={self.args.warmup_steps:g}."
             )
 
-    # Resuming
+    # Data and resuming
+
+    def get_train_dataloader(self):
+        args = self.args
+        prompts = args.generation_batch_size // args.num_generations
+        if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) < prompts:
+            raise ValueError(
+                f"train_dataset has {len(self.train_dataset)} rows, fewer than the {prompts} prompts of one "
+                f"generation (generation_batch_size={args.generation_batch_size} / num_generations="
+                f"{args.num_generations}): TRL would stop before the first update. Add prompts, or lower "
+                f"steps_per_generation={args.steps_per_generation}."
+            )
+        return super().get_train_dataloader()
 
     def _get_train_sampler(self, dataset=None):
         self._train_sampler = super()._get_train_sampler(dataset)
@@ -293,7 +297,7 @@ class FIPOTrainer(GRPOTrainer):
         path = os.path.join(checkpoint, GENERATION_STATE_NAME.format(rank=self.args.process_index))
         state = None
         if os.path.isfile(path):
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         if state is None or state["layout"] != self._generation_layout():
             logger.warning(
                 f"{checkpoint} holds no generation state for this process and batch layout: the run goes on with a "
@@ -301,7 +305,7 @@ class FIPOTrainer(GRPOTrainer):
             )
             return
         self._step = state["step"]
-        self._buffered_inputs = state["buffered_inputs"]
+        self._buffered_inputs = send_to_device(state["buffered_inputs"], self.accelerator.device)
 
     def _generation_layout(self) -> dict:
         """What must not change if a generation is to be continued."""

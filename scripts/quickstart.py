@@ -126,11 +126,15 @@ def main():
 
     run_dir, summary_path = options.output_dir / "run", options.output_dir / "summary.json"
     if summary_path.exists():  # a finished quickstart starts over, an interrupted one goes on
-        shutil.rmtree(options.output_dir)
+        shutil.rmtree(run_dir, ignore_errors=True)
+        summary_path.unlink()
     arguments = ["--config", options.config, "--output_dir", str(run_dir), "--disable_tqdm", "true"]
     if any(run_dir.glob("checkpoint-*")):
         arguments += ["--resume_from_checkpoint", "latest"]
-    script_args, training_args, model_args, mixture = parse(arguments)
+    try:
+        script_args, training_args, model_args, mixture = parse(arguments)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
     held_out = datasets.load_dataset(script_args.dataset_name, split=script_args.dataset_test_split)
     problems = held_out["prompt"][:]

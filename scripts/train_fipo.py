@@ -8,6 +8,7 @@ flags win. An unknown one is an error. Ctrl-C (or a job scheduler's SIGTERM) sav
 `--resume_from_checkpoint latest` goes on from it.
 """
 
+import argparse
 import difflib
 import importlib
 import inspect
@@ -15,7 +16,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -50,13 +51,39 @@ class FIPOScriptArguments(GRPOScriptArguments):
     )
 
 
-def make_parser() -> TrlParser:
-    return TrlParser(
-        (FIPOScriptArguments, FIPOConfig, ModelConfig, DatasetMixtureConfig),
-        description=__doc__,
-        epilog="--config RECIPE.yaml reads any of these from a file.",
-        allow_abbrev=False,  # `--max_step` must not pass for `--max_steps`
-    )
+class Parser(TrlParser):
+    """TRL's parser, which lets values of a YAML file through unread, with their types and choices checked."""
+
+    def __init__(self):
+        dataclasses = (FIPOScriptArguments, FIPOConfig, ModelConfig, DatasetMixtureConfig)
+        super().__init__(
+            dataclasses,
+            description=__doc__,
+            epilog="--config RECIPE.yaml reads any of these from a file.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,  # `--max_step` must not pass for `--max_steps`
+        )
+        self.settings = {action.dest: action for action in self._actions if action.dest != "help"}
+        self.types = {name: kind for cls in dataclasses for name, kind in get_type_hints(cls).items()}
+
+    def error(self, message):  # argparse would print hundreds of lines of usage first
+        raise ValueError(message)
+
+    def check(self, name: str, value):
+        """The value of a recipe's key, in the form in which argparse converts and checks it."""
+        setting = self.settings[name]
+        for kind, word in [(type(None), "null"), (dict, "a mapping")]:
+            if isinstance(value, kind) and kind not in (get_origin(t) or t for t in get_args(self.types[name])):
+                raise ValueError(f"'{name}' cannot be {word}.")
+        takes_list = setting.nargs in ("+", "*")
+        if isinstance(value, list) and not takes_list:
+            raise ValueError(f"'{name}' takes one value, got the list {value}.")
+        values = value if isinstance(value, list) else [value]
+        if setting.choices and not set(values) <= set(setting.choices):
+            raise ValueError(f"'{name}' must be one of {', '.join(map(str, setting.choices))}, got {value}.")
+        if takes_list and value is not None:
+            return values
+        return str(value) if isinstance(value, (bool, int, float)) else value  # argparse converts strings
 
 
 def parse(arguments: list[str] | None = None) -> tuple:
@@ -66,44 +93,66 @@ def parse(arguments: list[str] | None = None) -> tuple:
         (script arguments, FIPOConfig, ModelConfig, DatasetMixtureConfig).
 
     Raises:
-        ValueError: for a key or flag that nothing reads, with the nearest one that exists; for a key given twice; and
-            for every setting that `FIPOConfig` refuses.
+        ValueError: for a key or flag that nothing reads, with the nearest one that exists; for a key given twice; for
+            a value of the wrong type; and for every setting that `FIPOConfig` refuses.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    # argparse takes `--config=recipe.yaml` too; TRL's parser wants two words
-    arguments = [word for a in arguments for word in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    parser = make_parser()
-    known = {action.dest for action in parser._actions} | {"config", "env"}
-    if "--config" in arguments[:-1]:
-        path = arguments[arguments.index("--config") + 1]
-        if not os.path.isfile(path):
-            raise ValueError(f"--config {path}: there is no such file.")
-        refuse_unknown(yaml_keys(path), known, where=path)
-    flags = [a.split("=", 1)[0].removeprefix("--") for a in arguments if a.startswith("--")]
-    refuse_unknown(flags, known | {flag.lstrip("-") for a in parser._actions for flag in a.option_strings}, "argument")
-    return parser.parse_args_and_config(arguments)
+    parser = Parser()
+    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument("--config")
+    config_parser.error = parser.error
+    options, flags = config_parser.parse_known_args(arguments)
+    given = {flag.split("=", 1)[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")}
+    spelled = {option.lstrip("-").replace("-", "_") for action in parser._actions for option in action.option_strings}
+    refuse_unknown(given, spelled, "argument")
+
+    recipe = {} if options.config is None else read_recipe(options.config, parser)
+    same = {"steps_per_generation", "generation_batch_size"}  # two ways to say one thing: only one may be set
+    if same & given:
+        recipe = {name: value for name, value in recipe.items() if name not in same}
+    parser.set_defaults_with_config(**recipe)
+    try:
+        *parsed, rest = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True)
+    except (TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"a setting has a value that it cannot take: {error}") from error
+    if rest:
+        raise ValueError(f"'{rest[0]}' is not understood. Flags start with two dashes; a recipe follows --config.")
+    lora = sorted(name for name in recipe.keys() | given if name.startswith("lora_"))
+    if lora and not parsed[2].use_peft:
+        raise ValueError(f"'{lora[0]}' does nothing without use_peft: true. Set that, or remove it.")
+    return tuple(parsed)
 
 
-def yaml_keys(path: str) -> list[str]:
-    """The top-level keys of a YAML mapping. YAML lets a key stand twice and the last win: here, that is an error."""
-    with open(path) as file:
-        document = yaml.compose(file, Loader=yaml.SafeLoader)
-    if not isinstance(document, yaml.MappingNode):
+def read_recipe(path: str, parser: Parser) -> dict:
+    """The settings in a YAML file, ready for argparse. Sets the environment variables under its key `env`."""
+    if not os.path.isfile(path):
+        raise ValueError(f"--config {path}: there is no such file.")
+    try:
+        with open(path) as file:
+            document = yaml.compose(file, Loader=yaml.SafeLoader)
+        with open(path) as file:
+            recipe = yaml.safe_load(file)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
         raise ValueError(f"{path} must hold 'key: value' lines.")
     keys = [key.value for key, _ in document.value]
     for key in keys:
-        if keys.count(key) > 1:
+        if keys.count(key) > 1:  # YAML would let the last one win
             raise ValueError(f"{path}: '{key}' is given {keys.count(key)} times. Keep one.")
-    return keys
+    os.environ.update({name: str(value) for name, value in (recipe.pop("env", None) or {}).items()})
+    refuse_unknown(recipe, parser.settings, path)
+    try:
+        return {name: parser.check(name, value) for name, value in recipe.items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def refuse_unknown(names: list[str], known: set[str], where: str):
+def refuse_unknown(names, known, where: str):
     for name in names:
         if name not in known:
             nearest = difflib.get_close_matches(name, sorted(known), n=1)
-            raise ValueError(
-                f"{where}: nothing reads '{name}'." + (f" Did you mean '{nearest[0]}'?" if nearest else "")
-            )
+            hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
+            raise ValueError(f"{where}: nothing reads '{name}'.{hint}")
 
 
 def load_rewards(script_args: FIPOScriptArguments, training_args: FIPOConfig) -> list:
@@ -120,7 +169,10 @@ def load_rewards(script_args: FIPOScriptArguments, training_args: FIPOConfig) ->
             sys.path.insert(0, os.getcwd())
         try:
             module = importlib.import_module(module_path) if module_path else rewards
-            functions.append(getattr(module, attribute))
+            function = getattr(module, attribute)
+            if not callable(function):
+                raise AttributeError(f"it is a {type(function).__name__}, not a function")
+            functions.append(function)
         except (ImportError, AttributeError) as error:
             raise ValueError(
                 f"reward_funcs: cannot load '{name}' ({error}). Give a name in trl.rewards (accuracy_reward, "
@@ -204,8 +256,8 @@ def find_checkpoint(training_args: FIPOConfig) -> str | None:
 class StopOnSignal(TrainerCallback):
     """Turns SIGINT (Ctrl-C) and SIGTERM (a job scheduler) into: finish this update, save a checkpoint, stop.
 
-    A second Ctrl-C ends a single process at once. With several processes it does not, because launchers pass on the
-    signal that the terminal has already sent.
+    The signal must reach the training processes. torchrun kills them 30 s after it got one itself. A second Ctrl-C
+    ends a single process at once; several it does not, because launchers pass on what the terminal has already sent.
     """
 
     def __init__(self):

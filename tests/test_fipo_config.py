@@ -39,7 +39,7 @@ def test_batch_settings_of_the_user_are_kept(tmp_path):
         ({"delta": 1.28}, "delta=1.28 must be greater than 1 + epsilon_high = 1.28"),
         ({"delta": 1.2, "epsilon_high": None}, "delta=1.2 must be greater than 1 + epsilon_high = 1.2:"),
         ({"influence_weight_min": 1.3}, "influence_weight_min=1.3 and influence_weight_max=1.2 must satisfy"),
-        ({"influence_weight_min": 0.0}, "influence_weight_min=0.0 .* 0 < min <= max.* set 1.0 and 1.2"),
+        ({"influence_weight_min": 0.0}, "influence_weight_min=0.0 .* 0 < min <= max < inf.* set 1.0 and 1.2"),
         ({"influence_weight_max": math.nan}, "influence_weight_max=nan must satisfy"),
         ({"future_kl_half_life": 0}, "future_kl_half_life=0 must be greater than 0 tokens. Set 32.0"),
         ({"future_kl_half_life": -1.0}, "future_kl_half_life=-1.0 must be greater than 0 tokens"),

@@ -81,15 +81,21 @@ def official_loss(trainer, inputs, log_ratio, mask):
     return reference.token_losses(log_ratio, weighted, args.epsilon, args.epsilon_high, args.delta), kept
 
 
-@pytest.mark.parametrize("bounds", [(1.0, 1.2), (0.8, 1.2), (0.1, 5.0)])
-def test_loss_and_gradient_are_the_official_ones(tmp_path, bounds):
-    trainer, inputs = moved_policy(
-        tmp_path,
-        influence_weight_min=bounds[0],
-        influence_weight_max=bounds[1],
-        influence_safety_ratio=3.0,
-        drop_dual_clipped_sequences=False,
-    )
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"influence_safety_ratio": 3.0},
+        {"influence_safety_ratio": 3.0, "influence_weight_min": 0.8},
+        {"influence_safety_ratio": 1.5, "influence_weight_min": 0.1, "influence_weight_max": 5.0},
+        {"influence_safety_ratio": 2.0, "influence_weight_min": 0.1, "future_kl_half_life": 2.0, "delta": 3.0},
+        {"influence_weight_min": 0.1, "epsilon": 0.1, "epsilon_high": 0.5},
+    ],
+    ids=str,
+)
+def test_loss_and_gradient_are_the_official_ones(tmp_path, settings):
+    trainer, inputs = moved_policy(tmp_path, drop_dual_clipped_sequences=False, **settings)
+    inputs["advantages"] = torch.tensor([1.0, -1.0, 0.5, -2.0])
+    inputs["old_per_token_logps"][3, :2] -= 5
     loss = trainer.compute_loss(trainer.model, inputs)
     loss.backward()
     actual = gradients(trainer)
@@ -97,8 +103,8 @@ def test_loss_and_gradient_are_the_official_ones(tmp_path, bounds):
 
     mask = inputs["completion_mask"]
     log_ratio = token_logps(trainer.model, inputs) - inputs["old_per_token_logps"]
-    assert log_ratio[mask == 1].exp().max() > 3  # the case is not trivial: some tokens are safety-capped
-    losses, _ = official_loss(trainer, inputs, log_ratio, mask)
+    losses, kept = official_loss(trainer, inputs, log_ratio, mask)
+    assert not kept.all()  # the case is not trivial: tokens are dual-clipped, and a sequence would be dropped
     # TRL's "dapo": the mean number of scored tokens per update of this generation
     expected = (losses * mask).sum() / (inputs["num_items_in_batch"] / trainer.args.updates_per_generation)
     expected.backward()
@@ -134,6 +140,24 @@ def test_dropped_sequences_leave_the_token_mean(tmp_path, gradient_accumulation_
     torch.testing.assert_close(actual, gradients(trainer), **FLOAT32)
     dropped = trainer._metrics["train"]["fipo/dropped_sequence_fraction"]
     assert dropped == [pytest.approx(1 / (4 * gradient_accumulation_steps))]
+
+
+def test_dropped_sequences_stay_in_a_mean_over_sequences(tmp_path):
+    # Only a token mean is corrected: here a dropped sequence counts as one with a loss of 0
+    trainer = make_trainer(tmp_path, keywords=ROLLOUTS, loss_type="grpo")
+    (batch,) = generate(trainer)
+    row = batch["advantages"].argmin()
+    batch["old_per_token_logps"][row, :2] -= 3
+    last_update(trainer)
+    actual = gradients(trainer)
+    trainer.model.zero_grad()
+    mask = batch["completion_mask"]
+    losses, kept = official_loss(
+        trainer, batch, token_logps(trainer.model, batch) - batch["old_per_token_logps"], mask
+    )
+    assert kept.sum() == len(kept) - 1
+    ((losses * mask).sum(dim=1) / mask.sum(dim=1) * kept).mean().backward()
+    torch.testing.assert_close(actual, gradients(trainer), **FLOAT32)
 
 
 def test_tool_output_is_not_scored(tmp_path):
@@ -324,7 +348,9 @@ def test_evaluation(tmp_path):
     assert len(evaluations) == 2
     assert all("eval_reward" in row for row in evaluations)
     assert not any("fipo" in name for row in evaluations for name in row)  # every weight would be 1
+    # and they are not in the metrics of the next update, of which there would be more sequences
     assert len(logged(trainer, "fipo/active_fraction")) == 16
+    assert trainer._update_statistics == []
 
 
 class Kill(Exception):
@@ -375,6 +401,15 @@ def test_resuming_with_another_layout_starts_a_new_generation(tmp_path, caplog):
     make_trainer(tmp_path, max_steps=8).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert "holds no generation state for this process and batch layout" in caplog.text
     shutil.rmtree(tmp_path / "checkpoint-5")
+
+
+def test_too_few_prompts_for_one_generation(tmp_path):
+    trainer = make_trainer(tmp_path, prompts=PROMPTS[:7])
+    with pytest.raises(
+        ValueError, match="train_dataset has 7 rows, fewer than the 8 prompts of one generation"
+    ) as error:
+        trainer.train()
+    assert "lower steps_per_generation=8" in str(error.value)
 
 
 def test_grpo_config_is_promoted(tmp_path, caplog):

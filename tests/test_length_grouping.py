@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
-from tiny import PROMPTS, fixed_rollouts, generate, logged, make_model, make_trainer, parameters, token_logps
+from tiny import PROMPTS, distance, fixed_rollouts, generate, logged, make_model, make_trainer, parameters, token_logps
 from trl import GRPOTrainer
 
 from fipo_trl.length_grouping import regroup, trim, unknown_keys
@@ -178,10 +178,6 @@ def test_updates_are_the_same(tmp_path, loss_type, arguments):
     (plain, plain_norms, plain_kl), (sorted_, sorted_norms, sorted_kl) = finals
     assert sorted_norms == pytest.approx(plain_norms, rel=1e-4)
     assert sorted_kl == pytest.approx(plain_kl, rel=1e-3, abs=1e-5)
-
-    def distance(one, other):
-        return torch.stack([(one[name] - other[name]).norm() for name in one]).norm().item()
-
     moved, size = distance(plain, before), torch.stack([value.norm() for value in plain.values()]).norm().item()
     assert moved > 1e-3 * size
     assert distance(plain, sorted_) < 1e-6 * size

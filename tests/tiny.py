@@ -117,6 +117,11 @@ def parameters(trainer):
     return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
 
 
+def distance(one, other):
+    """Euclidean distance between two sets of parameters of the same names."""
+    return torch.stack([(value - other[name]).detach().norm() for name, value in one.items()]).norm().item()
+
+
 def gradients(trainer):
     return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
 

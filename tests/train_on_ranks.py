@@ -13,13 +13,14 @@ from tiny import fixed_rollouts, make_trainer, parameters
 
 
 def main(result, output_dir, settings):
-    world_size = PartialState().num_processes
+    world_size = PartialState(cpu=True).num_processes
     settings = json.loads(settings)
     settings["per_device_train_batch_size"] = settings["per_device_train_batch_size"] // world_size
     trainer = make_trainer(output_dir, keywords={"rollout_func": fixed_rollouts}, **settings)
     trainer.train()
     if trainer.accelerator.is_main_process:
-        torch.save({"parameters": parameters(trainer), "log": trainer.state.log_history}, result)
+        log = trainer.state.log_history
+        torch.save({"world_size": world_size, "parameters": parameters(trainer), "log": log}, result)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,398 @@
+"""What FIPO costs, in time and memory, on this machine. Random weights and stubbed completions: nothing is downloaded.
+
+    OMP_NUM_THREADS=2 python scripts/benchmark.py future-kl
+    OMP_NUM_THREADS=2 python scripts/benchmark.py update
+    OMP_NUM_THREADS=2 python scripts/benchmark.py memory
+
+`future-kl` times Future-KL against the matrix product of the official code, a serial scan and one pass of `exp`;
+`update` times optimizer updates of TRL's GRPOTrainer and of FIPOTrainer on the same completions, of equal and of
+long-tailed lengths; `memory` measures what the influence weights add to an update. All that a row compares takes turns
+in the same run, and a time is the median of these rounds. Other load spoils the times: look at `uptime` first. With
+`--quick` every subcommand takes seconds, to see that it works; its times mean nothing.
+"""
+
+import argparse
+import logging
+import math
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import NormalDist, mean, median
+
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from torch.profiler import ProfilerActivity, profile
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOTrainer
+
+from fipo_trl import FIPOConfig, FIPOTrainer
+from fipo_trl.future_kl import future_kl
+from fipo_trl.influence import influence_weights
+from fipo_trl.length_grouping import trim
+
+
+TINY_BASE = Path(__file__).parents[1] / "recipes/tiny/base"
+HALF_LIFE = 32.0  # tokens
+BLOCK = 128  # keys per matrix product in the official code
+UPDATES_PER_GENERATION = 2  # in the first every influence weight is 1; in the second FIPO acts
+
+
+# Measuring
+
+
+def medians(functions: dict, rounds: dict[str, int], device: str) -> dict[str, float]:
+    """Median seconds of each function, after a warm-up. They take turns: each runs once in a round, on the same seed.
+
+    `rounds` are given by name: who has fewer runs sits out, evenly.
+    """
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    total = max(rounds.values())
+    times = {name: [] for name in functions}
+    for turn in range(-1, total):
+        for name, function in functions.items():
+            if turn >= 0 and turn * rounds[name] % total >= rounds[name]:
+                continue
+            torch.manual_seed(turn + 1)
+            synchronize()
+            start = time.perf_counter()
+            function()
+            synchronize()
+            if turn >= 0:
+                times[name].append(time.perf_counter() - start)
+    return {name: median(values) for name, values in times.items()}
+
+
+def peak_bytes(function, device: str) -> int:
+    """The most memory that `function` holds at once beyond what was there before, its results included."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for change in sorted(changes, key=lambda event: event.start_ns()):
+        held += change.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+# future-kl
+
+
+def block_sum(log_ratio):
+    """Future-KL as the official code sums it: (B, K) @ (K, T) for each block of K keys. `log_ratio` (B, T), masked."""
+    dtype = torch.promote_types(log_ratio.dtype, torch.float32)
+    positions = torch.arange(log_ratio.shape[1], device=log_ratio.device, dtype=dtype)
+    sums = torch.zeros_like(log_ratio)
+    for values, keys in zip(log_ratio.split(BLOCK, dim=1), positions.split(BLOCK), strict=True):
+        distance = keys.unsqueeze(1) - positions  # (K, T)
+        decay = torch.where(distance >= 0, 2.0 ** (-distance.clamp(min=0) / HALF_LIFE), 0.0)
+        sums += values @ decay.to(log_ratio.dtype)
+    return sums
+
+
+def serial_scan(log_ratio):
+    """Future-KL as its recurrence reads, token by token. `log_ratio` (B, T), masked."""
+    sums = log_ratio.clone()
+    columns = sums.unbind(dim=1)
+    for t in reversed(range(len(columns) - 1)):
+        columns[t].add_(columns[t + 1], alpha=2.0 ** (-1.0 / HALF_LIFE))
+    return sums
+
+
+def run_future_kl(args):
+    rows = []
+    for shape in progress(args.shapes):
+        B, T, dtype = shape.split("x")
+        B, T, dtype = int(B), int(T), getattr(torch, dtype)
+        torch.manual_seed(0)
+        mask = torch.rand(B, T, device=args.device) < 0.9
+        log_ratio = (0.1 * torch.randn(B, T, device=args.device)).to(dtype)
+        masked = log_ratio.masked_fill(~mask, 0.0)
+        functions = {
+            "ours": partial(future_kl, log_ratio, mask, half_life=HALF_LIFE),
+            "block sum": partial(block_sum, masked),
+            "serial scan": partial(serial_scan, masked),
+            "one exp": partial(torch.exp, log_ratio),
+        }
+        if args.longest_block_sum < T:
+            del functions["block sum"]
+        slow = dict.fromkeys(["block sum", "serial scan"], args.slow_rounds)
+        times = medians(functions, dict.fromkeys(functions, args.rounds) | slow, args.device)
+        exact = serial_scan(masked.double())
+        row = {"B x T": f"{B} x {T}", "dtype": shape.split("x")[-1]}
+        row |= {f"{name}, ms": against(times, name, "ours") for name in ("ours", *slow, "one exp")}
+        for name in ("ours", *slow):
+            row[f"error, {name}"] = f"{(functions[name]() - exact).abs().max():.0e}" if name in functions else "-"
+        rows.append(row)
+    report(rows, "(x ratio): over ours. Errors: largest absolute difference from a serial scan in float64.")
+
+
+# update
+
+
+class TrimmingOnly(FIPOTrainer):
+    """Each micro-batch, and each chunk of the old-log-prob pass, is cut to its own longest row; none is sorted."""
+
+    def _group_by_length(self, micro_batches):
+        return [trim(batch) for batch in micro_batches]
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, *args, batch_size=None, **kwargs):
+        log_probs = super()._get_per_token_logps_and_entropies
+        if batch_size is None:
+            return log_probs(model, input_ids, attention_mask, *args, **kwargs)
+        # FIPOTrainer sorts what it is given: one chunk at a time leaves it nothing to sort
+        chunks = zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True)
+        values = [log_probs(model, *chunk, *args, batch_size=batch_size, **kwargs)[0] for chunk in chunks]
+        return torch.cat(values), None, None
+
+
+TRAINERS = {  # name: class, group_by_length
+    "FIPOTrainer": (FIPOTrainer, True),
+    "GRPOTrainer": (GRPOTrainer, False),
+    "ungrouped": (FIPOTrainer, False),
+    "trimmed": (TrimmingOnly, True),
+}
+
+
+def make_model():
+    """A Qwen2 of 0.3M random weights."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 2, "max_position_embeddings": 32768}
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY_BASE, **sizes))
+
+
+def make_lengths(distribution: str, number: int, longest: int, spread: float) -> list[int]:
+    """Completion lengths, in tokens. Long-tailed ones are evenly spaced quantiles of a log-normal distribution."""
+    if distribution == "equal":
+        return [longest] * number
+    logs = [NormalDist(sigma=spread).inv_cdf((i + 0.5) / number) for i in range(number)]
+    return [max(1, round(longest * math.exp(log - logs[-1]))) for log in logs]
+
+
+def letter_share(completions, **kwargs):
+    """A reward that differs between completions."""
+    return [completion.count("a") / len(completion) for completion in completions]
+
+
+class Cycle:
+    """A trainer, and what it does on each generation: stubbed rollouts, the old-log-prob pass, the updates."""
+
+    def __init__(self, name, distribution, micro_batch_size, args, folder):
+        trainer_class, group_by_length = TRAINERS[name]
+        tokenizer = AutoTokenizer.from_pretrained(TINY_BASE, padding_side="left")
+        self.lengths = make_lengths(distribution, UPDATES_PER_GENERATION * args.sequences, args.longest, args.spread)
+        self.trainer = trainer_class(
+            model=make_model(),
+            reward_funcs=letter_share,
+            args=FIPOConfig(  # a GRPOConfig too: one objective and one optimizer for all
+                output_dir=folder,
+                per_device_train_batch_size=micro_batch_size,
+                gradient_accumulation_steps=args.sequences // micro_batch_size,
+                steps_per_generation=len(self.lengths) // micro_batch_size,
+                num_generations=4,
+                max_completion_length=args.longest,
+                max_steps=1,
+                learning_rate=1e-4,
+                group_by_length=group_by_length,
+                report_to="none",
+                use_cpu=args.device == "cpu",
+                bf16=False,
+                gradient_checkpointing=False,
+            ),
+            train_dataset=Dataset.from_dict({"prompt": ["a1b2c3="] * len(self.lengths)}),
+            processing_class=tokenizer,
+            rollout_func=self.rollouts,
+        )
+        self.trainer.create_optimizer()
+        self.trainer.current_gradient_accumulation_steps = self.trainer.args.gradient_accumulation_steps
+        self.trainer.model.register_forward_pre_hook(self.count, with_kwargs=True)
+        self.prompts = next(iter(self.trainer.get_train_dataloader()))
+        self.positions = self.tokens = 0  # computed by the updates, and those of them that are not padding
+
+    def rollouts(self, prompts, trainer):
+        """TRL's `rollout_func`: random tokens, lengths in random order; the same for all trainers."""
+        tokenizer = trainer.processing_class
+        completions = [
+            [*torch.randint(2, len(tokenizer), (self.lengths[i] - 1,)).tolist(), tokenizer.eos_token_id]
+            for i in torch.randperm(len(prompts)).tolist()
+        ]
+        prompt_ids = [tokenizer.encode(prompt) for prompt in prompts]
+        return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None}
+
+    def count(self, model, args, kwargs):
+        if torch.is_grad_enabled():
+            self.positions += kwargs["attention_mask"].numel()
+            self.tokens += kwargs["attention_mask"].sum()
+
+    def __call__(self):
+        trainer = self.trainer
+        for step in range(1, trainer.args.steps_per_generation + 1):
+            last = step % trainer.args.gradient_accumulation_steps == 0
+            trainer.accelerator.gradient_state._set_sync_gradients(last)
+            trainer.training_step(trainer.model, self.prompts, None)
+            if last:
+                trainer.optimizer.step()
+                trainer.optimizer.zero_grad()
+
+
+def run_update(args):
+    rows = []
+    for distribution, size in progress(product(args.lengths, args.micro_batches)):
+        with tempfile.TemporaryDirectory() as folder:
+            cycles = {name: Cycle(name, distribution, size, args, folder) for name in TRAINERS}
+        times = medians(cycles, dict.fromkeys(cycles, args.rounds), args.device)
+        times = {name: value / UPDATES_PER_GENERATION for name, value in times.items()}
+        lengths = cycles["FIPOTrainer"].lengths
+        row = {
+            "lengths": distribution,
+            "mean/longest": f"{mean(lengths) / max(lengths):.2f}",
+            "micro-batch": str(size),
+        }
+        row |= {f"{name}, s": against(times, name, "FIPOTrainer", scale=1) for name in TRAINERS}
+        row["not padding"] = ", ".join(f"{float(cycle.tokens / cycle.positions):.2f}" for cycle in cycles.values())
+        rows.append(row)
+    report(
+        rows,
+        f"Seconds per optimizer update of {args.sequences} sequences, longest completion {args.longest} tokens, and "
+        f"(x ratio) over FIPOTrainer.\nTimed: generations of {UPDATES_PER_GENERATION} updates with stubbed rollouts; "
+        "old-log-prob pass, rewards and optimizer included.\nFIPOTrainer sorts and cuts. ungrouped: it with "
+        "group_by_length=False. trimmed: micro-batches and the chunks of the\nold-log-prob pass are cut, not sorted. "
+        "Not padding: share of the tokens that updates computed, in column order.",
+    )
+
+
+# memory
+
+
+def run_memory(args):
+    rows = []
+    model = make_model().to(args.device)
+    for shape in progress(args.shapes):
+        B, T = map(int, shape.split("x"))
+        torch.manual_seed(0)
+        input_ids = torch.randint(model.config.vocab_size, (B, T), device=args.device)
+        log_ratio = 0.1 * torch.randn(B, T, device=args.device)
+        advantages = torch.randn(B, device=args.device)
+        mask = torch.ones_like(input_ids)
+        weigh = partial(influence_weights, log_ratio, advantages, mask)
+        functions = {"weights": weigh, "model": lambda ids=input_ids: model(ids, labels=ids).loss.backward()}
+        if args.most_tokens < B * T:
+            del functions["model"]
+        times = medians(functions, {"weights": args.rounds, "model": args.slow_rounds}, args.device)
+        row = {"B x T": f"{B} x {T}"}
+        row["peak, (B, T) float32"] = f"{peak_bytes(weigh, args.device) / (4 * B * T):.1f}"
+        row["influence_weights, ms"] = f"{1e3 * times['weights']:.2f}"
+        row["model, ms"] = against(times, "model", "weights")
+        row["share"] = f"{times['weights'] / times['model']:.2%}" if "model" in times else "-"
+        rows.append(row)
+    report(
+        rows,
+        "Peak: of influence_weights beyond its inputs, results included. Model: forward and backward of a Qwen2 of\n"
+        "0.3M weights. Share: influence_weights over model.",
+    )
+
+
+# Printing
+
+
+def progress(cases):
+    return tqdm(list(cases), leave=False, disable=None)
+
+
+def against(times: dict[str, float], name: str, reference: str, scale: float = 1e3) -> str:
+    """A table cell: the time, and its ratio to that of `reference`."""
+    if name not in times:
+        return "-"
+    ratio = times[name] / times[reference]
+    ratio = "" if name == reference else f" (x{ratio:.0f})" if ratio >= 10 else f" (x{ratio:.2f})"
+    return f"{scale * times[name]:.3f}{ratio}"
+
+
+def report(rows: list[dict[str, str]], note: str):
+    """Print the rows as an aligned Markdown table, a note, and what the numbers were measured with."""
+    table = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    table.insert(1, ["-" * (width - 1) + ":" for width in widths])
+    for row in table:
+        print("| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(": ")[1] for line in info if line.startswith("model name")), platform.machine())
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    print(f"\n{note}\n\n{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}", end="; ")
+    print(f"torch {torch.__version__}, trl {trl.__version__}, transformers {transformers.__version__}")
+    print(f"python scripts/benchmark.py {shlex.join(sys.argv[1:])}")
+
+
+# The command line
+
+
+QUICK = {  # what --quick sets
+    "future-kl": {"rounds": 2, "slow_rounds": 1, "shapes": ["2x300xfloat32", "2x300xbfloat16"]},
+    "update": {"rounds": 1, "longest": 32, "sequences": 8, "micro_batches": [4]},
+    "memory": {"rounds": 2, "slow_rounds": 1, "shapes": ["2x64", "2x300"]},
+}
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(name, run, rounds, summary):
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        sub.add_argument("--device", choices=["cpu", "cuda"], default=device, help="where to run")
+        sub.add_argument("--rounds", type=int, default=rounds, help="runs that a median is taken of")
+        sub.add_argument(
+            "--quick", action="store_true", help="takes seconds: sets rounds and sizes, whatever is given"
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    kl = add("future-kl", run_future_kl, 60, "time of Future-KL, beside other ways to compute it")
+    update = add("update", run_update, 5, "time of an optimizer update, with and without grouping by length")
+    memory = add("memory", run_memory, 30, "peak memory of influence_weights, and its time beside that of the model")
+
+    shapes = "8x1024xfloat32 8x8192xfloat32 8x20480xfloat32 8x20480xfloat64 8x20480xbfloat16 1x131072xfloat32"
+    kl.add_argument("--shapes", nargs="+", metavar="BxTxDTYPE", default=shapes.split(), help="inputs")
+    kl.add_argument("--slow-rounds", type=int, default=3, help="runs of the block sum and of the serial scan")
+    kl.add_argument("--longest-block-sum", type=int, default=20480, help="largest T that the block sum is run on")
+
+    lengths = ["equal", "long-tailed"]
+    update.add_argument("--lengths", nargs="+", choices=lengths, default=lengths, help="distributions of lengths")
+    update.add_argument("--longest", type=int, default=512, help="longest completion, in tokens")
+    update.add_argument(
+        "--spread", type=float, default=0.8, help="of long-tailed lengths: deviation of their logarithm"
+    )
+    update.add_argument("--micro-batches", nargs="+", type=int, default=[1, 4, 8], help="per_device_train_batch_size")
+    update.add_argument("--sequences", type=int, default=32, help="per update: a multiple of 4 and of micro-batches")
+
+    shapes = "4x128 4x512 8x2048 1x20480 8x20480"
+    memory.add_argument("--shapes", nargs="+", metavar="BxT", default=shapes.split(), help="inputs")
+    memory.add_argument("--slow-rounds", type=int, default=3, help="runs of the model")
+    memory.add_argument("--most-tokens", type=int, default=20480, help="largest B x T that the model is run on")
+
+    args = parser.parse_args(argv)
+    for name, value in QUICK[args.command].items() if args.quick else ():
+        setattr(args, name, value)
+    return args
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is experimental
+    args = parse()
+    args.run(args)
