@@ -363,7 +363,7 @@ def parse(argv=None):
         return sub
 
     kl = add("future-kl", run_future_kl, 60, "time of Future-KL, beside other ways to compute it")
-    update = add("update", run_update, 5, "time of an optimizer update, with and without grouping by length")
+    update = add("update", run_update, 3, "time of an optimizer update, with and without grouping by length")
     memory = add("memory", run_memory, 30, "peak memory of influence_weights, and its time beside that of the model")
 
     shapes = "8x1024xfloat32 8x8192xfloat32 8x20480xfloat32 8x20480xfloat64 8x20480xbfloat16 1x131072xfloat32"
@@ -373,12 +373,12 @@ def parse(argv=None):
 
     lengths = ["equal", "long-tailed"]
     update.add_argument("--lengths", nargs="+", choices=lengths, default=lengths, help="distributions of lengths")
-    update.add_argument("--longest", type=int, default=512, help="longest completion, in tokens")
+    update.add_argument("--longest", type=int, default=256, help="longest completion, in tokens")
     update.add_argument(
-        "--spread", type=float, default=0.8, help="of long-tailed lengths: deviation of their logarithm"
+        "--spread", type=float, default=0.65, help="of long-tailed lengths: deviation of their logarithm"
     )
     update.add_argument("--micro-batches", nargs="+", type=int, default=[1, 4, 8], help="per_device_train_batch_size")
-    update.add_argument("--sequences", type=int, default=32, help="per update: a multiple of 4 and of micro-batches")
+    update.add_argument("--sequences", type=int, default=128, help="per update: a multiple of 4 and of micro-batches")
 
     shapes = "4x128 4x512 8x2048 1x20480 8x20480"
     memory.add_argument("--shapes", nargs="+", metavar="BxT", default=shapes.split(), help="inputs")
