@@ -2,7 +2,7 @@
 
     python scripts/make_tiny_base.py
 
-The base is a Qwen2 of two layers that has read a teacher's answers to running sums (`fipo_trl.running_sums`). It first
+The base is a Qwen3 of two layers that has read a teacher's answers to running sums (`fipo_trl.running_sums`). It first
 learns from clean single chains how to add, then from checked chains how to walk again, and last from a mixture of
 guesses, chains with slips and checked chains. So it can do all that reinforcement learning has to bring out, but does
 the right thing only sometimes. The seed is fixed and one thread computes: a second run on the same machine with the
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from fipo_trl.running_sums import (
     ALPHABET,
@@ -72,8 +72,8 @@ def write_data(rng: Random, folder: Path) -> list[str]:
 def make_tokenizer() -> Qwen2Tokenizer:
     """Returns a tokenizer with one token per character of the task, padding on the left.
 
-    It is a Qwen2Tokenizer without merges, because `AutoTokenizer` turns the tokenizer of every Qwen2 model into one;
-    another tokenizer would lose its spaces when it is loaded.
+    It is a Qwen2Tokenizer without merges, because `AutoTokenizer` turns the tokenizer of every Qwen2 or Qwen3 model
+    into one; another tokenizer would lose its spaces when it is loaded.
     """
     characters = [character.replace(" ", "Ġ") for character in ALPHABET]  # how byte-level vocabularies write a space
     vocabulary = {token: index for index, token in enumerate([PAD, EOS, *characters])}
@@ -89,15 +89,16 @@ def make_tokenizer() -> Qwen2Tokenizer:
     )
 
 
-def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
-    """Returns an untrained Qwen2 of two layers and width 64, about 90,000 weights in float32."""
-    config = Qwen2Config(
+def make_model(tokenizer: Qwen2Tokenizer) -> Qwen3ForCausalLM:
+    """Returns an untrained Qwen3 of two layers and width 64, about 120,000 weights in float32."""
+    config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
+        head_dim=32,  # the smallest that vLLM has on the CPU
         max_position_embeddings=MAX_TOKENS,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -105,7 +106,7 @@ def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
-    model = Qwen2ForCausalLM(config)
+    model = Qwen3ForCausalLM(config)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
     )
