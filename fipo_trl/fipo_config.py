@@ -234,6 +234,13 @@ class FIPOConfig(GRPOConfig):
                 f"{sequences // self.steps_per_generation}). To run DAPO on purpose, set influence_weight_min=1.0, "
                 "influence_weight_max=1.0 and drop_dual_clipped_sequences=False."
             )
+        context = self.vllm_max_model_length
+        if self.use_vllm and context is not None and context <= self.max_completion_length:
+            raise ValueError(
+                f"vllm_max_model_length={context} leaves no room for a prompt beside max_completion_length="
+                f"{self.max_completion_length}: vLLM would cut every long completion short. Set vllm_max_model_length "
+                "to at least max_completion_length plus the length of the longest prompt."
+            )
         if (
             self.use_vllm
             and self.vllm_importance_sampling_correction

@@ -13,8 +13,10 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, send_to_device
 from trl import GRPOConfig, GRPOTrainer
+from trl.import_utils import is_vllm_available
 from trl.trainer.utils import get_config_model_id
 
+from fipo_trl import vllm_cpu
 from fipo_trl.fipo_config import FIPOConfig
 from fipo_trl.influence import InfluenceStatistics, influence_weights
 from fipo_trl.length_grouping import log_probs_by_length, regroup, trim, unknown_keys
@@ -23,6 +25,7 @@ from fipo_trl.length_grouping import log_probs_by_length, regroup, trim, unknown
 logger = get_logger(__name__)
 
 GENERATION_STATE_NAME = "generation_state_{rank}.pt"
+ENGINE_MISMATCH_BOUND = 0.05  # nats per token, the mean: bf16 alone stays below 0.03, weights out of step do not
 
 
 class FIPOTrainer(GRPOTrainer):
@@ -85,11 +88,84 @@ class FIPOTrainer(GRPOTrainer):
         self._inert_updates = 0  # updates in a row in which FIPO equalled DAPO
         self._train_sampler = None  # TRL's; None for iterable datasets
         self._grouping_explained = False
+        self._mismatch_explained = False
+        if args.use_vllm and args.vllm_mode == "colocate" and is_vllm_available():
+            vllm_cpu.refuse_untested_version()
         super().__init__(model, reward_funcs, args, *positional, **keywords)
+        self._check_ends()
 
         if adopted:
             values = ", ".join(f"{name}={value}" for name, value in adopted.items())
             logger.warning(f"GRPOConfig was promoted to FIPOConfig. Settings left at TRL's defaults became: {values}.")
+
+    # The rollout engine
+
+    def _check_ends(self):
+        """Refuse what lets every completion, or every long one, stop where the policy did not end it.
+
+        vLLM cuts a completion where its context ends, and says nothing.
+        """
+        if None in self.eos_token_ids:
+            raise ValueError(
+                f"The tokenizer of {self.model.name_or_path} has no EOS token, so that no completion would end before "
+                f"max_completion_length={self.max_completion_length}. Set eos_token on the tokenizer (an instruction "
+                "model ends its turns with one, such as <|im_end|>)."
+            )
+        if not self.use_vllm or self.vllm_mode != "colocate" or self._is_vlm or self.environment_factories:
+            return
+        if not hasattr(self.train_dataset, "__len__"):  # a stream
+            return
+        context = self.vllm_generation.llm.llm_engine.model_config.max_model_len
+        longest = max(self.train_dataset["prompt"], key=lambda prompt: len(str(prompt)))  # in characters
+        prompt_ids, *_ = self._tokenize_prompts([longest])
+        needed = len(prompt_ids[0]) + self.max_completion_length
+        if needed > context:
+            raise ValueError(
+                f"vllm_max_model_length={self.args.vllm_max_model_length} gives the engine a context of {context} "
+                f"tokens, but the longest prompt ({len(prompt_ids[0])} tokens) and max_completion_length="
+                f"{self.max_completion_length} need {needed}: vLLM would cut long completions short without a word. "
+                f"Set vllm_max_model_length={needed} (not above max_position_embeddings of the model), lower "
+                "max_completion_length, or take out the longest prompts."
+            )
+
+    def _generate_and_score_completions(self, inputs):
+        outputs = super()._generate_and_score_completions(inputs)
+        self._log_engine_mismatch(outputs)
+        return outputs
+
+    def _log_engine_mismatch(self, generation):
+        """Log |log π_engine - log π_old| of the scored tokens, where an engine such as vLLM reported the former.
+
+        The loss does not see it: π_old is computed here, by the trainer, lest Future-KL sums up engine noise. TRL
+        needs no π_old where one update follows each generation; then there is nothing to compare.
+        """
+        engine_logps = generation.get("sampling_per_token_logps")  # (B, T), NaN where the engine had none
+        old_logps = generation.get("old_per_token_logps")  # (B, T)
+        if engine_logps is None or old_logps is None:
+            return
+        scored = generation["completion_mask"].bool()
+        if "tool_mask" in generation:
+            scored = scored & generation["tool_mask"].bool()
+        mismatch = (engine_logps - old_logps).abs()
+        known = scored & mismatch.isfinite()
+        mismatch = mismatch.masked_fill(~known, 0.0)
+        local = torch.stack([mismatch.sum(), known.sum(), (scored & ~known).sum(), mismatch.max()])
+        gathered = self.accelerator.gather(local.unsqueeze(0))  # (ranks, 4)
+        total, tokens, nan_tokens, _ = gathered.sum(dim=0).tolist()
+        mean = total / max(tokens, 1.0)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["fipo/engine_mismatch/mean"].append(mean)
+        metrics["fipo/engine_mismatch/max"].append(gathered[:, 3].max().item())
+        metrics["fipo/engine_mismatch/nan_tokens"].append(nan_tokens)
+        if mean > ENGINE_MISMATCH_BOUND and not self._mismatch_explained:
+            self._mismatch_explained = True
+            logger.warning(
+                f"fipo/engine_mismatch/mean={mean:.3f} nats per token is above {ENGINE_MISMATCH_BOUND}: the engine "
+                "does not sample from the policy that is trained. If it grows, weights do not reach the engine. If "
+                "not, the engine computes otherwise (precision, kernels, experts) or samples from a part of the "
+                "distribution (top_p, top_k, min_p, repetition_penalty): set vllm_importance_sampling_correction=True "
+                "and vllm_importance_sampling_mode='token_truncate', or match the precisions."
+            )
 
     # Micro-batches without padding
 

@@ -1,4 +1,4 @@
-"""Running sums modulo 5: a reasoning task that a language model of 90,000 weights can learn in a minute.
+"""Running sums modulo 5: a reasoning task that a language model of 150,000 weights can learn in a minute.
 
 A prompt names digits by their position, `a3b0c4=`, and asks for their sum modulo 5. A completion has one character per
 token. It may guess the sum at once, write a chain of running sums (key, digit, sum so far), or check a chain by

@@ -1,9 +1,10 @@
 """Evaluate a tiny base model, train it with FIPO, evaluate it again, and show what changed. No GPU, no download.
 
     make quickstart
+    make quickstart-vllm   vLLM does the rollouts, on the CPU; their speed is reported beside that of transformers
 
-The recipe is recipes/tiny/fipo.yaml, read by scripts/train_fipo.py as any other. Results go to outputs/quickstart:
-summary.json and training.png. Ctrl-C leaves a checkpoint, from which the next `make quickstart` goes on.
+The recipe is recipes/tiny/fipo.yaml (fipo_vllm.yaml), read by scripts/train_fipo.py as any other. Results go to
+outputs/quickstart: summary.json and training.png. Ctrl-C leaves a checkpoint, from which the next run goes on.
 """
 
 import argparse
@@ -65,6 +66,19 @@ def evaluate(model, tokenizer, problems: list[str]) -> dict:
         "mean_length": mean(map(len, completions)),
         "behaviours": {name: seen.count(name) / len(seen) for name in BEHAVIOURS},
     }
+
+
+def rollout_speed(trainer) -> float:
+    """Completion tokens per second over the rollouts of one generation, sampled as in training; the best of three."""
+    prompts = trainer.train_dataset["prompt"][: trainer.args.generation_batch_size // trainer.num_generations]
+    prompts = [prompt for prompt in prompts for _ in range(trainer.num_generations)]
+    tokenized = trainer._tokenize_prompts(prompts)
+    speeds = []
+    for _ in range(3):  # vLLM compiles in the first
+        began = time.perf_counter()
+        completions, _ = trainer._generate_single_turn(*tokenized, trainer.num_generations)
+        speeds.append(sum(map(len, completions)) / (time.perf_counter() - began))
+    return max(speeds)
 
 
 def table(base: dict, trained: dict) -> str:
@@ -148,6 +162,11 @@ def main():
     print(f"     {base[f'avg@{SAMPLES}']:.1%} right\n2/3  Training with FIPO ({options.config}) ...")
 
     trainer, checkpoint = build_trainer(script_args, training_args, model_args, mixture)
+    speeds = {}
+    if training_args.use_vllm:
+        plain, _ = build_trainer(*parse([*arguments, "--use_vllm", "false"]))
+        speeds = {"vllm": rollout_speed(trainer), "transformers": rollout_speed(plain)}
+        print("     rollouts, tokens/s: " + ", ".join(f"{name} {speed:,.0f}" for name, speed in speeds.items()))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar())
     if not train(trainer, checkpoint, script_args.dataset_name):
@@ -162,6 +181,7 @@ def main():
         "trained": trained,
         "active_fraction": mean(active),
         "updates": trainer.state.global_step,
+        "rollout_tokens_per_second": speeds,
         "seconds": round(time.perf_counter() - began, 1),
     }
     summary_path.write_text(json.dumps(summary, indent=2) + "\n")

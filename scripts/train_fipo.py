@@ -2,6 +2,7 @@
 
     accelerate launch scripts/train_fipo.py --config recipes/tiny/fipo.yaml
     accelerate launch scripts/train_fipo.py --config recipes/tiny/fipo.yaml --trainer grpo --output_dir outputs/dapo
+    python scripts/train_fipo.py --config RECIPE.yaml --print_vllm_server_command   # for vllm_mode: server
 
 Every field of `FIPOConfig`, of TRL's `ModelConfig` and of TRL's script arguments is a flag and a key of the YAML file;
 flags win. An unknown one is an error. Ctrl-C (or a job scheduler's SIGTERM) saves a checkpoint and stops;
@@ -13,10 +14,12 @@ import difflib
 import importlib
 import inspect
 import os
+import shlex
 import signal
 import sys
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 import torch
 import yaml
@@ -33,6 +36,7 @@ from trl import (
     get_quantization_config,
     rewards,
 )
+from trl.scripts import vllm_serve
 from trl.scripts.grpo import GRPOScriptArguments
 
 from fipo_trl import FIPOConfig, FIPOTrainer
@@ -48,6 +52,10 @@ class FIPOScriptArguments(GRPOScriptArguments):
     trainer: Literal["fipo", "grpo"] = field(
         default="fipo",
         metadata={"help": "'fipo', or 'grpo': TRL's GRPOTrainer with the same settings, as the control arm (DAPO)."},
+    )
+    print_vllm_server_command: bool = field(
+        default=False,
+        metadata={"help": "Print how to start the vLLM server that a recipe with vllm_mode='server' needs, and stop."},
     )
 
 
@@ -231,6 +239,33 @@ def columns_read_by(reward_funcs: list) -> list[str]:
     ]
 
 
+def vllm_server_command(training_args: FIPOConfig, model_args: ModelConfig) -> str:
+    """The `vllm serve` line with which this TRL can sample and synchronize weights: TRL's own, for this recipe.
+
+    Raises:
+        ValueError: if the recipe uses no server.
+    """
+    if not training_args.use_vllm or training_args.vllm_mode != "server":
+        raise ValueError(
+            f"use_vllm={training_args.use_vllm}, vllm_mode='{training_args.vllm_mode}' needs no vLLM server. Set "
+            "use_vllm: true and vllm_mode: server."
+        )
+    url = urlsplit(training_args.vllm_server_base_url or f"http://:{training_args.vllm_server_port}")
+    command = vllm_serve.build_command(
+        vllm_serve.ScriptArguments(
+            model=model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            tensor_parallel_size=training_args.vllm_tensor_parallel_size,
+            port=url.port or 8000,
+            max_model_len=training_args.vllm_max_model_length,
+            vllm_model_impl=training_args.vllm_model_impl,
+            trust_remote_code=training_args.trust_remote_code,
+        )
+    )
+    # Dev mode has the endpoints through which TRL synchronizes weights
+    return "VLLM_SERVER_DEV_MODE=1 " + shlex.join(["vllm", *command[command.index("serve") :]])
+
+
 def find_checkpoint(training_args: FIPOConfig) -> str | None:
     """The checkpoint to resume from. An output folder with the checkpoints of another run is not overwritten."""
     latest = get_last_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None
@@ -362,10 +397,14 @@ def train(trainer: GRPOTrainer, checkpoint: str | None, dataset_name: str | None
 def main():
     try:
         arguments = parse()
+        script_args, training_args, model_args, _ = arguments
+        if script_args.print_vllm_server_command:
+            print(vllm_server_command(training_args, model_args))
+            return
     except ValueError as error:
         sys.exit(f"error: {error}")
     trainer, checkpoint = build_trainer(*arguments)
-    finished = train(trainer, checkpoint, arguments[0].dataset_name)
+    finished = train(trainer, checkpoint, script_args.dataset_name)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if not finished:

@@ -9,14 +9,14 @@ import sys
 
 import torch
 from accelerate import PartialState
-from tiny import fixed_rollouts, make_trainer, parameters
+from tiny import make_trainer, parameters, scored_rollouts
 
 
 def main(result, output_dir, settings):
     world_size = PartialState(cpu=True).num_processes
     settings = json.loads(settings)
     settings["per_device_train_batch_size"] = settings["per_device_train_batch_size"] // world_size
-    trainer = make_trainer(output_dir, keywords={"rollout_func": fixed_rollouts}, **settings)
+    trainer = make_trainer(output_dir, keywords={"rollout_func": scored_rollouts}, **settings)
     trainer.train()
     if trainer.accelerator.is_main_process:
         log = trainer.state.log_history

