@@ -1,4 +1,4 @@
-r"""The rewards of DAPO: +1 for the right answer on the last `Answer:` line, -1 otherwise, less a penalty for overlong ones.
+r"""The rewards of DAPO: +1 if the last `Answer:` line has the right answer, else -1, and a penalty for length.
 
 [`dapo_reward`] gives what DAPO's public scorer gives (`math_dapo` in verl, the reward of DAPO and FIPO), character for
 character: the answer is what follows the last `Answer:` in the last 300 characters; it and the solution are normalised
@@ -29,14 +29,25 @@ REPLACED = [
     (r"\text{m}", r"\text{}"),
 ]
 # ... and then deletes, in this order: units and other words, then LaTeX without a value
+WORDS = r"""
+square ways integers dollars mph inches hours km units \ldots sue points feet minutes digits cents degrees
+cm gm pounds meters meals edges students childrentickets multiples
+"""
 DELETED = [
-    *"square ways integers dollars mph inches hours km units".split(),
-    *r"\ldots sue points feet minutes digits cents degrees cm gm pounds meters meals edges students".split(),
-    *r"childrentickets multiples \text{s} \text{.}".split(),
+    *WORDS.split(),
+    r"\text{s}",
+    r"\text{.}",
     "\\text{\ns}",
-    *r"\text{}^2 \text{}^3".split(),
+    r"\text{}^2",
+    r"\text{}^3",
     "\\text{\n}",
-    *r"\text{} \mathrm{th} ^\circ ^{\circ} \; ,\! {,}".split(),
+    r"\text{}",
+    r"\mathrm{th}",
+    r"^\circ",
+    r"^{\circ}",
+    r"\;",
+    r",\!",
+    "{,}",
     '"',
     r"\dots",
 ]
