@@ -327,7 +327,11 @@ def prepare(script_args, training_args, model_args, mixture) -> dict:
     evaluate = training_args.eval_strategy != "no"
     tokenizer = None
     if script_args.max_prompt_length is not None:
-        tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            trust_remote_code=training_args.trust_remote_code,
+        )
     train_dataset, eval_dataset = load_data(script_args, mixture, evaluate, reward_funcs, tokenizer)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
