@@ -99,7 +99,7 @@ def from_dapo(
         prompt, answer = read(row, **example)
         key = tuple((message["role"], message["content"]) for message in prompt)
         _, known = problems.setdefault(key, (prompt, answer))
-        if normalize_answer(known) != normalize_answer(answer):
+        if answer != known and normalize_answer(answer) != normalize_answer(known):
             contradicted.add(key)
     repeated = len(dataset) - len(problems)
     kept = [problem for key, problem in problems.items() if key not in contradicted]

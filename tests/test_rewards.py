@@ -70,6 +70,9 @@ def test_equals_the_public_scorer():
         ("\\text{", "\\text{"),
         ("sqrt", "sqrt"),
         ("sqrt$1$", "1"),
+        (r"\text\textbf{{B}}", r"\text{B}"),  # each command once, in order
+        (r"\text\text{}{B}", "B"),
+        ("\t7\t", "7"),
     ],
 )
 def test_normal_form(answer, expected):
