@@ -13,6 +13,7 @@ import argparse
 import difflib
 import importlib
 import inspect
+import logging
 import os
 import shlex
 import signal
@@ -23,8 +24,7 @@ from urllib.parse import urlsplit
 
 import torch
 import yaml
-from datasets import load_dataset
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import (
     DatasetMixtureConfig,
@@ -40,14 +40,17 @@ from trl.scripts import vllm_serve
 from trl.scripts.grpo import GRPOScriptArguments
 
 from fipo_trl import FIPOConfig, FIPOTrainer
+from fipo_trl import rewards as dapo_rewards
+from fipo_trl.data import from_dapo, is_dapo, load_splits
 
 
 INTERRUPTED = 130  # exit status of a run that was stopped by a signal, after it saved a checkpoint
+OVERLONG_PENALTIES = ("overlong_penalty", "get_soft_overlong_punishment")  # our name and TRL's of one reward
 
 
 @dataclass
 class FIPOScriptArguments(GRPOScriptArguments):
-    """TRL's arguments of its GRPO script, and the choice of the trainer."""
+    """TRL's arguments of its GRPO script, the choice of the trainer, and settings of DAPO's data and rewards."""
 
     trainer: Literal["fipo", "grpo"] = field(
         default="fipo",
@@ -56,6 +59,17 @@ class FIPOScriptArguments(GRPOScriptArguments):
     print_vllm_server_command: bool = field(
         default=False,
         metadata={"help": "Print how to start the vLLM server that a recipe with vllm_mode='server' needs, and stop."},
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Prompts of more tokens are left out. For data in the schema of DAPO-Math-17k only."},
+    )
+    overlong_buffer: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens before max_completion_length over which the reward 'overlong_penalty' falls from 0 to -1. "
+            "Default: a fifth of it, as in DAPO."
+        },
     )
 
 
@@ -164,57 +178,66 @@ def refuse_unknown(names, known, where: str):
 
 
 def load_rewards(script_args: FIPOScriptArguments, training_args: FIPOConfig) -> list:
-    """The reward functions named in the recipe: names from `trl.rewards`, dotted paths, or a reward model."""
+    """The reward functions named in the recipe: names in `fipo_trl.rewards` or `trl.rewards`, paths, or a model."""
     functions = [script_args.reward_model_name_or_path] if script_args.reward_model_name_or_path else []
     for name in script_args.reward_funcs or []:
         module_path, _, attribute = name.rpartition(".")
-        if not module_path and name == "get_soft_overlong_punishment":
-            length = training_args.max_completion_length
-            # The last fifth is penalised, as in DAPO (4,096 of 20,480 tokens)
-            functions.append(rewards.get_soft_overlong_punishment(length, length // 5))
+        if name in OVERLONG_PENALTIES:
+            length, buffer = training_args.max_completion_length, script_args.overlong_buffer
+            # By default the last fifth is penalised, as in DAPO (4,096 of 20,480 tokens)
+            functions.append(dapo_rewards.overlong_penalty(length, length // 5 if buffer is None else buffer))
             continue
         if module_path and os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
         try:
-            module = importlib.import_module(module_path) if module_path else rewards
+            if module_path:
+                module = importlib.import_module(module_path)
+            else:
+                module = dapo_rewards if hasattr(dapo_rewards, name) else rewards
             function = getattr(module, attribute)
             if not callable(function):
                 raise AttributeError(f"it is a {type(function).__name__}, not a function")
             functions.append(function)
         except (ImportError, AttributeError) as error:
             raise ValueError(
-                f"reward_funcs: cannot load '{name}' ({error}). Give a name in trl.rewards (accuracy_reward, "
-                "reasoning_accuracy_reward, think_format_reward, get_soft_overlong_punishment) or an import path such "
-                "as my_package.my_module.my_reward."
+                f"reward_funcs: cannot load '{name}' ({error}). Give a name in fipo_trl.rewards (dapo_reward, "
+                "dapo_accuracy, overlong_penalty) or trl.rewards (accuracy_reward, reasoning_accuracy_reward, "
+                "think_format_reward), or an import path such as my_package.my_module.my_reward."
             ) from error
+    if script_args.overlong_buffer is not None and not set(OVERLONG_PENALTIES) & set(script_args.reward_funcs or []):
+        raise ValueError("overlong_buffer does nothing without the reward overlong_penalty. Add it to reward_funcs.")
     if not functions:
         raise ValueError("reward_funcs is not set: name at least one reward function.")
     return functions
 
 
-def load_data(script_args: FIPOScriptArguments, mixture: DatasetMixtureConfig, evaluate: bool, reward_funcs: list):
-    """The train split and, if it is used, the test split, checked for the columns that training will read."""
+def load_data(
+    script_args: FIPOScriptArguments, mixture: DatasetMixtureConfig, evaluate: bool, reward_funcs: list, tokenizer=None
+):
+    """The train split and, if it is used, the test split, checked for the columns that training will read.
+
+    Data in the schema of DAPO-Math-17k are known by their columns, and converted.
+    """
     if mixture.datasets and script_args.dataset_name:
         raise ValueError("Both 'datasets' and 'dataset_name' are set. Keep one.")
     if mixture.datasets:
         splits = get_dataset(mixture)
     elif script_args.dataset_name:
-        try:
-            splits = load_dataset(
-                script_args.dataset_name, script_args.dataset_config, streaming=script_args.dataset_streaming
-            )
-        except Exception as error:
-            raise ValueError(
-                f"dataset_name: cannot load '{script_args.dataset_name}' ({error}). Give a local folder (relative to "
-                "the directory you start from) or the id of a dataset on the Hugging Face Hub."
-            ) from error
+        splits = load_splits(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
     else:
-        raise ValueError("dataset_name is not set: give a local folder or the id of a dataset on the Hub.")
+        raise ValueError("dataset_name is not set: give a local folder or file, or the id of a dataset on the Hub.")
 
     names = [script_args.dataset_train_split] + ([script_args.dataset_test_split] if evaluate else [])
     for name in names:
         if name not in splits:
             raise ValueError(f"The dataset has no split '{name}', only {', '.join(splits)}.")
+        if is_dapo(splits[name].column_names):
+            try:
+                splits[name] = from_dapo(splits[name], tokenizer, script_args.max_prompt_length)
+            except ValueError as error:
+                raise ValueError(f"Split '{name}' of the dataset: {error}") from error
+        elif script_args.max_prompt_length is not None:
+            raise ValueError("max_prompt_length is for data in the schema of DAPO-Math-17k. Remove it.")
         columns = splits[name].column_names
         for column in ["prompt", *columns_read_by(reward_funcs)]:
             if columns is not None and column not in columns:
@@ -337,7 +360,14 @@ def prepare(script_args, training_args, model_args, mixture) -> dict:
         raise ValueError("model_name_or_path is not set: give a local folder or the id of a model on the Hub.")
     reward_funcs = load_rewards(script_args, training_args)
     evaluate = training_args.eval_strategy != "no"
-    train_dataset, eval_dataset = load_data(script_args, mixture, evaluate, reward_funcs)
+    tokenizer = None
+    if script_args.max_prompt_length is not None:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            trust_remote_code=training_args.trust_remote_code,
+        )
+    train_dataset, eval_dataset = load_data(script_args, mixture, evaluate, reward_funcs, tokenizer)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -403,6 +433,8 @@ def main():
             return
     except ValueError as error:
         sys.exit(f"error: {error}")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fipo_trl").setLevel(logging.INFO if training_args.process_index == 0 else logging.ERROR)
     trainer, checkpoint = build_trainer(*arguments)
     finished = train(trainer, checkpoint, script_args.dataset_name)
     if torch.distributed.is_initialized():
