@@ -139,9 +139,8 @@ def main():
     began = time.perf_counter()
 
     run_dir, summary_path = options.output_dir / "run", options.output_dir / "summary.json"
-    if summary_path.exists():  # a finished quickstart starts over, an interrupted one goes on
-        shutil.rmtree(run_dir, ignore_errors=True)
-        summary_path.unlink()
+    if (run_dir / "training_args.bin").exists():  # training that ran to its end starts over, interrupted one goes on
+        shutil.rmtree(run_dir)
     arguments = ["--config", options.config, "--output_dir", str(run_dir), "--disable_tqdm", "true"]
     if any(run_dir.glob("checkpoint-*")):
         arguments += ["--resume_from_checkpoint", "latest"]

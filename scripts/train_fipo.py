@@ -24,7 +24,8 @@ from urllib.parse import urlsplit
 
 import torch
 import yaml
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from trl import (
     DatasetMixtureConfig,
@@ -305,9 +306,12 @@ def find_checkpoint(training_args: FIPOConfig) -> str | None:
             raise ValueError(
                 f"resume_from_checkpoint={wanted}, but output_dir={training_args.output_dir} holds no checkpoint."
             )
-        return latest
+        wanted = latest
     if not os.path.isdir(wanted):
         raise ValueError(f"resume_from_checkpoint={wanted}: there is no such folder.")
+    done = TrainerState.load_from_json(os.path.join(wanted, TRAINER_STATE_NAME)).global_step
+    if 0 < training_args.max_steps <= done:  # transformers would make one more update
+        raise ValueError(f"{wanted} has made {done} of max_steps={training_args.max_steps} updates. Raise max_steps.")
     return wanted
 
 

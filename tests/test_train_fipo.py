@@ -242,6 +242,16 @@ def test_resume_from_what_is_not_there(tmp_path):
             find_checkpoint(parsed[1])
 
 
+def test_resume_from_a_finished_run(tmp_path):
+    checkpoint = tmp_path / "checkpoint-8"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 8}))
+    resume = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"]
+    with pytest.raises(ValueError, match=r"has made 8 of max_steps=8 updates\. Raise max_steps"):
+        find_checkpoint(parse(["--config", RECIPE, *resume, "--max_steps", "8"])[1])
+    assert find_checkpoint(parse(["--config", RECIPE, *resume, "--max_steps", "9"])[1]) == str(checkpoint)
+
+
 def test_help_names_every_setting():
     environment = os.environ | {"COLUMNS": "100"}
     run = subprocess.run(
