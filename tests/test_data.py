@@ -190,11 +190,14 @@ def test_a_streamed_dataset_is_refused(tmp_path):
         from_dapo(splits["train"])
 
 
-@pytest.mark.parametrize("name", ["nowhere", "nobody/nothing", "data.csv"])
-def test_what_cannot_be_loaded(tmp_path, name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("nowhere", ""), ("nobody/nothing", ""), ("data.csv", "a file must end in .parquet, .jsonl, .json")],
+)
+def test_what_cannot_be_loaded(tmp_path, name, reason, monkeypatch):
     (tmp_path / "data.csv").write_text("prompt")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"dataset_name: cannot load '{name}' .* Give a local folder or file"):
+    with pytest.raises(ValueError, match=rf"cannot load '{name}' \({reason}.* Give a local folder or file"):
         load_splits(name)
 
 
