@@ -69,8 +69,11 @@ def test_dapo_prompt_is_the_papers():
 def test_each_prompt_once_in_the_order_of_the_file(tmp_path, name, caplog, monkeypatch):
     monkeypatch.setattr(data, "READ_AT_ONCE", 7)  # equal rows lie in different batches
     caplog.set_level(logging.INFO)
+    rows_read, read = [], data.read
+    monkeypatch.setattr(data, "read", lambda row, **columns: rows_read.append(row) or read(row, **columns))
     problems = [row(f"problem {i}", str(i)) for i in (3, 1, 2)]
     dataset = load(tmp_path / name, problems * 20)
+    assert rows_read == [0, 1, 2]  # the others never became Python objects
     assert dataset.column_names == ["prompt", "solution"]
     assert list(dataset["prompt"]) == [problem["prompt"] for problem in problems]  # the rows' own words
     assert list(dataset["solution"]) == ["3", "1", "2"]
