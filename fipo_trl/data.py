@@ -136,8 +136,6 @@ def texts(array: pa.Array) -> pa.Array:
 
     (Unless the texts hold the control characters that separate records and units, which is what those are for.)
     """
-    if isinstance(array, pa.ExtensionArray):  # JSON, where the rows of a .jsonl file differ in type
-        array = array.storage
     if pa.types.is_struct(array.type):
         names = sorted(field.name for field in array.type)
         fields = [texts(pc.struct_field(array, name)) for name in names]
@@ -147,9 +145,9 @@ def texts(array: pa.Array) -> pa.Array:
         ends = pc.cumulative_sum(lengths)
         offsets = pa.concat_arrays([pa.array([0], pa.int32()), ends])
         strings = pc.binary_join(pa.ListArray.from_arrays(offsets, texts(pc.list_flatten(array))), "\x1e")
-    else:
+    else:  # also JSON, the type of a column whose rows in a .jsonl file differ in type
         strings = pc.cast(array, pa.string())
-    return pc.if_else(pc.is_valid(array), pc.fill_null(strings, "\x00"), "\x00")
+    return pc.if_else(pc.is_valid(array), strings, "\x00")
 
 
 def read(row: int, prompt, reward_model) -> tuple[list[dict], str]:

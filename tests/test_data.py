@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from fipo_trl import data
-from fipo_trl.data import dapo_prompt, from_dapo, is_dapo, load_splits
+from fipo_trl.data import dapo_prompt, first_of_equals, from_dapo, is_dapo, load_splits
 
 
 ROOT = Path(__file__).parent.parent
@@ -69,8 +69,11 @@ def test_dapo_prompt_is_the_papers():
 def test_each_prompt_once_in_the_order_of_the_file(tmp_path, name, caplog, monkeypatch):
     monkeypatch.setattr(data, "READ_AT_ONCE", 7)  # equal rows lie in different batches
     caplog.set_level(logging.INFO)
+    rows_read, read = [], data.read
+    monkeypatch.setattr(data, "read", lambda row, **columns: rows_read.append(row) or read(row, **columns))
     problems = [row(f"problem {i}", str(i)) for i in (3, 1, 2)]
     dataset = load(tmp_path / name, problems * 20)
+    assert rows_read == [0, 1, 2]  # the others never became Python objects
     assert dataset.column_names == ["prompt", "solution"]
     assert list(dataset["prompt"]) == [problem["prompt"] for problem in problems]  # the rows' own words
     assert list(dataset["solution"]) == ["3", "1", "2"]
@@ -97,6 +100,16 @@ def test_rows_that_differ_elsewhere_are_repeated(tmp_path):
     assert len(load(tmp_path / "data.parquet", rows)) == 1
 
 
+def test_equal_rows_are_dropped_before_they_become_python_objects(monkeypatch):
+    monkeypatch.setattr(data, "READ_AT_ONCE", 4)
+    a, b, missing = ([{"role": "user", "content": content}] for content in ("a", "b", None))
+    prompts = [a, b, a, [*a, *b], [], missing, b, [*a, *b], missing, []]
+    dataset = Dataset.from_dict({"prompt": prompts, "reward_model": [{"ground_truth": "1", "style": None}] * 10})
+    assert first_of_equals(dataset) == [0, 1, 3, 4, 5]
+    answers = [{"ground_truth": answer, "style": None} for answer in "1213"]
+    assert first_of_equals(Dataset.from_dict({"prompt": [a] * 4, "reward_model": answers})) == [0, 1, 3]
+
+
 def test_contradictory_answers_leave_out_the_prompt(tmp_path, caplog):
     rows = [row("a", "1"), row("b", "1,000"), row("a", "2"), row("b", "$1000$"), row("a", "1"), row("c")]
     dataset = load(tmp_path / "data.parquet", rows)
@@ -115,6 +128,8 @@ def test_over_long_prompts(tmp_path, tokenizer, caplog):
     assert "9 rows read, 6 repeated, 0 prompts with contradictory answers, 1 over 6 tokens, 2 kept" in caplog.text
     with pytest.raises(ValueError, match=r"No prompt is left .* 3 over 4 tokens, 0 kept. Raise max_prompt_length"):
         load(tmp_path / "data.parquet", rows, tokenizer=tokenizer, max_prompt_length=4)
+    with pytest.raises(ValueError, match=r"1 prompts with contradictory answers, 0 over 4 tokens, 0 kept"):
+        load(tmp_path / "other.parquet", [row("a", "1"), row("a", "2")], tokenizer=tokenizer, max_prompt_length=4)
     tokenizer.chat_template = None
     for missing in (tokenizer, None):
         with pytest.raises(ValueError, match="max_prompt_length=6 needs a tokenizer with a chat template"):
@@ -190,11 +205,14 @@ def test_a_streamed_dataset_is_refused(tmp_path):
         from_dapo(splits["train"])
 
 
-@pytest.mark.parametrize("name", ["nowhere", "nobody/nothing", "data.csv"])
-def test_what_cannot_be_loaded(tmp_path, name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("nowhere", ""), ("nobody/nothing", ""), ("data.csv", "a file must end in .parquet, .jsonl, .json")],
+)
+def test_what_cannot_be_loaded(tmp_path, name, reason, monkeypatch):
     (tmp_path / "data.csv").write_text("prompt")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"dataset_name: cannot load '{name}' .* Give a local folder or file"):
+    with pytest.raises(ValueError, match=rf"cannot load '{name}' \({reason}.* Give a local folder or file"):
         load_splits(name)
 
 
