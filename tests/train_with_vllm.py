@@ -27,8 +27,8 @@ from fipo_trl import FIPOTrainer
 CASES = {  # learning rates so large that the policy is another after each generation
     "full-tied": {"learning_rate": 3e-3},
     "full-untied": {"learning_rate": 3e-3},
-    "lora-tied": {"learning_rate": 1e-2},
-    "lora-untied": {"learning_rate": 1e-2},
+    "lora-tied": {"learning_rate": 3e-3},
+    "lora-untied": {"learning_rate": 3e-3},
     "as-started-by-trl-tied": {"learning_rate": 3e-3},
 }
 SYNCED = 6  # generations of 8 updates each, before the one without a sync
