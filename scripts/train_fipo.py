@@ -414,6 +414,7 @@ def train(trainer: GRPOTrainer, checkpoint: str | None, dataset_name: str | None
     stop_on_signal = StopOnSignal()
     trainer.add_callback(stop_on_signal)
     trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.accelerator.wait_for_everyone()  # torchrun kills who still writes a checkpoint when another process exits
     if stop_on_signal.stopped:
         trainer.accelerator.print(
             f"Stopped at update {trainer.state.global_step}, with a checkpoint in {output_dir}. The same command with "

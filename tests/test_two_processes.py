@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from tiny import distance, make_model
@@ -66,7 +67,8 @@ def test_two_processes_equal_one(tmp_path, settings):
             assert theirs[metric] == pytest.approx(mine[metric], rel=1e-3, abs=1e-4), metric
 
 
-def test_sigterm_stops_two_processes_at_the_same_update(tmp_path):
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_sigterm_to_one_process_stops_both_at_the_same_update(tmp_path, signalled):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(TWO_PROCESSES)]
     arguments = ["--config", "recipes/tiny/fipo.yaml", "--per_device_train_batch_size", "8", "--logging_steps", "1"]
     command = [*launcher, "scripts/train_fipo.py", *arguments, "--output_dir", str(tmp_path / "run")]
@@ -78,7 +80,7 @@ def test_sigterm_stops_two_processes_at_the_same_update(tmp_path):
         deadline = time.monotonic() + 120
         while "'loss'" not in log.read_text() and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.terminate()  # torchrun passes it on to both
+        psutil.Process(process.pid).children()[signalled].terminate()  # the other must stop at the same update
         process.wait(timeout=60)
     assert "Stopped at update" in log.read_text()
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
