@@ -13,7 +13,8 @@ from tiny import distance, make_model
 
 
 TESTS = Path(__file__).parent
-TWO_PROCESSES = TESTS.parent / "recipes" / "accelerate" / "two_cpu_processes.yaml"
+CONFIG = TESTS.parent / "recipes" / "accelerate" / "two_cpu_processes.yaml"
+TWO_PROCESSES = ["--config_file", str(CONFIG), "--main_process_port", "0"]  # a free port: tests run side by side
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_two_processes_equal_one(tmp_path, settings):
     results = []
     for name, launcher in [
         ("one", [sys.executable]),
-        ("two", [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(TWO_PROCESSES)]),
+        ("two", [sys.executable, "-m", "accelerate.commands.launch", *TWO_PROCESSES]),
     ]:
         command = [*launcher, str(TESTS / "train_on_ranks.py"), str(tmp_path / name), str(tmp_path / f"{name}_run")]
         run = subprocess.run([*command, json.dumps(settings)], capture_output=True, text=True, cwd=TESTS.parent)
@@ -69,7 +70,7 @@ def test_two_processes_equal_one(tmp_path, settings):
 
 @pytest.mark.parametrize("signalled", [0, 1])
 def test_sigterm_to_one_process_stops_both_at_the_same_update(tmp_path, signalled):
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(TWO_PROCESSES)]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *TWO_PROCESSES]
     arguments = ["--config", "recipes/tiny/fipo.yaml", "--per_device_train_batch_size", "8", "--logging_steps", "1"]
     command = [*launcher, "scripts/train_fipo.py", *arguments, "--output_dir", str(tmp_path / "run")]
     log = tmp_path / "log"

@@ -21,6 +21,9 @@ def main(result, output_dir, settings):
     if trainer.accelerator.is_main_process:
         log = trainer.state.log_history
         torch.save({"world_size": world_size, "parameters": parameters(trainer), "log": log}, result)
+    if world_size > 1:  # a rank that exits while another still talks to it would abort that one
+        trainer.accelerator.wait_for_everyone()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
