@@ -25,7 +25,7 @@ from fipo_trl.length_grouping import log_probs_by_length, regroup, trim, unknown
 logger = get_logger(__name__)
 
 GENERATION_STATE_NAME = "generation_state_{rank}.pt"
-ENGINE_MISMATCH_BOUND = 0.05  # nats per token, the mean: bf16 alone stays below 0.03, weights out of step do not
+ENGINE_MISMATCH_BOUND = 0.05  # nats per token, the mean: bf16 alone stays below 0.03; stale weights soon exceed it
 
 
 class FIPOTrainer(GRPOTrainer):
