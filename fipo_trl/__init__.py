@@ -7,6 +7,7 @@ from fipo_trl.influence import InfluenceStatistics, InfluenceWeights, influence_
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "DAPOTrainer",
     "FIPOConfig",
     "FIPOTrainer",
     "InfluenceStatistics",
@@ -21,6 +22,10 @@ def __getattr__(name):  # the mathematics needs torch alone; TRL is imported wit
         from fipo_trl.fipo_config import FIPOConfig
 
         return FIPOConfig
+    if name == "DAPOTrainer":
+        from fipo_trl.dapo_trainer import DAPOTrainer
+
+        return DAPOTrainer
     if name == "FIPOTrainer":
         from fipo_trl.fipo_trainer import FIPOTrainer
 

@@ -40,6 +40,28 @@ class FIPOConfig(GRPOConfig):
             Whether a completion in which more than one token is dual-clipped (negative advantage, ratio above
             `delta`) leaves the loss and, for `loss_type="dapo"`, the token mean. As in the official code.
 
+        > Parameters of dynamic sampling
+
+        dynamic_sampling (`bool`, *optional*, defaults to `False`):
+            Whether prompts whose completions all earn the same are replaced by others until the generation batch is
+            full, before any log-probability is computed (DAPO, section 3.2). Prompts then come from an order of the
+            dataset of this trainer's own, and an epoch counts the prompts trained on, not those sampled: set
+            `max_steps`.
+        dynamic_sampling_reward (`str`, *optional*):
+            Name of the reward function whose values decide. Defaults to the first. In the paper it is the accuracy,
+            not the reward shaped by length; a weight of 0 in `reward_weights` lets a function decide and no more.
+        dynamic_sampling_oversample (`float` or `"auto"`, *optional*, defaults to `"auto"`):
+            Prompts sampled in a round, in generation batches (the paper: 4.0 for FIPO, 3.0 for DAPO). `"auto"` sizes
+            each round by what is missing and by the share of prompts kept so far.
+        dynamic_sampling_max_rounds (`int`, *optional*, defaults to `10`):
+            After so many rounds, the prompts found are filled up with others, whose advantages are 0, with a warning.
+        dynamic_sampling_strict (`bool`, *optional*, defaults to `False`):
+            Whether running out of rounds is an error.
+        dynamic_sampling_carry_over (`bool`, *optional*, defaults to `False`):
+            Whether prompts found beyond those that the batch needs come first in the next one, with their completions.
+            These were sampled by the policy of one generation before, but are trained on as if the present one had
+            sampled them: π_old is computed by the present policy. Otherwise their prompts are sampled anew.
+
         > Parameters of speed
 
         group_by_length (`bool`, *optional*, defaults to `True`):
@@ -94,6 +116,38 @@ class FIPOConfig(GRPOConfig):
     drop_dual_clipped_sequences: bool = field(
         default=True,
         metadata={"help": "Whether a completion with more than one dual-clipped token leaves the loss."},
+    )
+    dynamic_sampling: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether prompts whose completions all earn the same are replaced by others until the generation "
+            "batch is full (DAPO). Set max_steps: an epoch then counts the prompts trained on."
+        },
+    )
+    dynamic_sampling_reward: str | None = field(
+        default=None,
+        metadata={"help": "Name of the reward function whose values decide. Defaults to the first."},
+    )
+    dynamic_sampling_oversample: str = field(
+        default="auto",
+        metadata={
+            "help": "Prompts sampled in a round, in generation batches (paper: 4.0 for FIPO, 3.0 for DAPO); 'auto' "
+            "goes by what is missing and by the share of prompts kept so far."
+        },
+    )
+    dynamic_sampling_max_rounds: int = field(
+        default=10,
+        metadata={"help": "After so many rounds, others with advantages of 0 fill the batch, with a warning."},
+    )
+    dynamic_sampling_strict: bool = field(
+        default=False, metadata={"help": "Whether running out of rounds is an error."}
+    )
+    dynamic_sampling_carry_over: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether surplus prompts come first in the next batch, with their completions, which are then one "
+            "generation older."
+        },
     )
     group_by_length: bool = field(
         default=True,
@@ -150,7 +204,8 @@ class FIPOConfig(GRPOConfig):
         and adopts FIPO's too. So does `steps_per_generation` where it equals `gradient_accumulation_steps`.
 
         Returns:
-            The new configuration (`args` is not touched), and a dict of the values adopted, `{name: value}`.
+            The new configuration (`args` is not touched), and a dict of the values adopted, `{name: value}`, without
+            those of dynamic sampling, which stays off.
 
         Raises:
             ValueError: if the result is not a valid `FIPOConfig`.
@@ -170,7 +225,7 @@ class FIPOConfig(GRPOConfig):
         config.__dict__.update(adopted)
         config.lr_scheduler_type = SchedulerType(config.lr_scheduler_type)
         config._check()
-        return config, adopted
+        return config, {name: value for name, value in adopted.items() if not name.startswith("dynamic_sampling")}
 
     @property
     def updates_per_generation(self) -> float:
@@ -217,6 +272,7 @@ class FIPOConfig(GRPOConfig):
                 f"influence_safety_ratio={self.influence_safety_ratio} must be greater than 0. Set 10.0 (the official "
                 "32B run) or 3.0 (7B)."
             )
+        self._check_dynamic_sampling()
         if self.lr_scheduler_type == SchedulerType.CONSTANT and self.warmup_steps > 0:
             raise ValueError(
                 f"lr_scheduler_type='constant' ignores warmup_steps={self.warmup_steps:g}. Set "
@@ -252,4 +308,29 @@ class FIPOConfig(GRPOConfig):
                 "answers are masked away or shrunk. Set vllm_importance_sampling_mode='token_truncate', or "
                 "vllm_importance_sampling_correction=False as in the paper's runs.",
                 stacklevel=3,
+            )
+
+    def _check_dynamic_sampling(self):
+        if not self.dynamic_sampling:
+            for f in fields(FIPOConfig):
+                if f.name.startswith("dynamic_sampling_") and getattr(self, f.name) != f.default:
+                    raise ValueError(
+                        f"{f.name}={getattr(self, f.name)} does nothing without dynamic_sampling=True. Set that, or "
+                        "remove it."
+                    )
+            return
+        if self.dynamic_sampling_oversample != "auto":
+            try:
+                self.dynamic_sampling_oversample = float(self.dynamic_sampling_oversample)
+            except ValueError:
+                self.dynamic_sampling_oversample = math.nan
+            if not 1.0 <= self.dynamic_sampling_oversample < math.inf:
+                raise ValueError(
+                    "dynamic_sampling_oversample must be 'auto' or a factor of at least 1: a round samples so many "
+                    "generation batches of prompts. Set 'auto', 4.0 (the paper's FIPO runs) or 3.0 (DAPO)."
+                )
+        if self.dynamic_sampling_max_rounds < 1:
+            raise ValueError(
+                f"dynamic_sampling_max_rounds={self.dynamic_sampling_max_rounds} must be at least 1. Set 10 (the "
+                "paper's)."
             )

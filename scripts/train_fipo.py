@@ -29,7 +29,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from trl import (
     DatasetMixtureConfig,
-    GRPOTrainer,
     ModelConfig,
     TrlParser,
     get_dataset,
@@ -40,7 +39,7 @@ from trl import (
 from trl.scripts import vllm_serve
 from trl.scripts.grpo import GRPOScriptArguments
 
-from fipo_trl import FIPOConfig, FIPOTrainer
+from fipo_trl import DAPOTrainer, FIPOConfig, FIPOTrainer
 from fipo_trl import rewards as dapo_rewards
 from fipo_trl.data import from_dapo, is_dapo, load_splits
 
@@ -55,7 +54,9 @@ class FIPOScriptArguments(GRPOScriptArguments):
 
     trainer: Literal["fipo", "grpo"] = field(
         default="fipo",
-        metadata={"help": "'fipo', or 'grpo': TRL's GRPOTrainer with the same settings, as the control arm (DAPO)."},
+        metadata={
+            "help": "'fipo', or 'grpo': the loss of TRL's GRPOTrainer, and all else the same: the control arm (DAPO)."
+        },
     )
     print_vllm_server_command: bool = field(
         default=False,
@@ -363,6 +364,12 @@ def prepare(script_args, training_args, model_args, mixture) -> dict:
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set: give a local folder or the id of a model on the Hub.")
     reward_funcs = load_rewards(script_args, training_args)
+    decides = training_args.dynamic_sampling_reward
+    names = [getattr(function, "__name__", str(function).split("/")[-1]) for function in reward_funcs]
+    if decides is not None and decides not in names:
+        raise ValueError(
+            f"dynamic_sampling_reward='{decides}' is not one of the reward functions, {', '.join(names)}."
+        )
     evaluate = training_args.eval_strategy != "no"
     tokenizer = None
     if script_args.max_prompt_length is not None:
@@ -389,7 +396,7 @@ def prepare(script_args, training_args, model_args, mixture) -> dict:
     }
 
 
-def build_trainer(script_args, training_args, model_args, mixture) -> tuple[GRPOTrainer, str | None]:
+def build_trainer(script_args, training_args, model_args, mixture) -> tuple[DAPOTrainer, str | None]:
     """The trainer that the arguments describe, and the checkpoint to resume from.
 
     Raises:
@@ -400,11 +407,11 @@ def build_trainer(script_args, training_args, model_args, mixture) -> tuple[GRPO
         trainer_arguments = prepare(script_args, training_args, model_args, mixture)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    trainer_class = {"fipo": FIPOTrainer, "grpo": GRPOTrainer}[script_args.trainer]
+    trainer_class = {"fipo": FIPOTrainer, "grpo": DAPOTrainer}[script_args.trainer]
     return trainer_class(**trainer_arguments), checkpoint
 
 
-def train(trainer: GRPOTrainer, checkpoint: str | None, dataset_name: str | None = None) -> bool:
+def train(trainer: DAPOTrainer, checkpoint: str | None, dataset_name: str | None = None) -> bool:
     """Train, and save the model with its card.
 
     Returns:

@@ -395,12 +395,12 @@ def test_resuming_with_another_layout_starts_a_new_generation(tmp_path, caplog):
     trainer = make_trainer(tmp_path, max_steps=8, steps_per_generation=4)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert trainer.state.global_step == 8
-    assert "holds no generation state for this process and batch layout" in caplog.text
+    assert "holds no generation state for these processes and batch layout" in caplog.text
 
     caplog.clear()
     (tmp_path / "checkpoint-5" / "generation_state_0.pt").unlink()
     make_trainer(tmp_path, max_steps=8).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
-    assert "holds no generation state for this process and batch layout" in caplog.text
+    assert "holds no generation state for these processes and batch layout" in caplog.text
     shutil.rmtree(tmp_path / "checkpoint-5")
 
 

@@ -8,11 +8,11 @@ import torch
 from tiny import BASE, fixed_rollouts, generate, logged, make_args, make_trainer, parameters, scored_rollouts
 from transformers import AutoTokenizer
 
-from fipo_trl import fipo_trainer
+from fipo_trl import dapo_trainer
 
 
 def mismatch(trainer):
-    return {name: trainer._metrics["train"][f"fipo/engine_mismatch/{name}"] for name in ("mean", "max", "nan_tokens")}
+    return {name: trainer._metrics["train"][f"engine_mismatch/{name}"] for name in ("mean", "max", "nan_tokens")}
 
 
 def test_mismatch_is_that_of_the_scored_tokens(tmp_path):
@@ -65,9 +65,9 @@ def test_mismatch_is_logged_each_generation_and_changes_nothing(tmp_path):
         trainer.train()
         trainers.append(trainer)
     with_engine, without = trainers
-    assert len(logged(with_engine, "fipo/engine_mismatch/mean")) == 2  # 16 updates, 8 per generation
-    assert all(value > 0 for value in logged(with_engine, "fipo/engine_mismatch/nan_tokens"))
-    assert not logged(without, "fipo/engine_mismatch/mean")
+    assert len(logged(with_engine, "engine_mismatch/mean")) == 2  # 16 updates, 8 per generation
+    assert all(value > 0 for value in logged(with_engine, "engine_mismatch/nan_tokens"))
+    assert not logged(without, "engine_mismatch/mean")
     for name, value in parameters(without).items():
         assert torch.equal(parameters(with_engine)[name], value)
         assert value.isfinite().all()
@@ -75,12 +75,12 @@ def test_mismatch_is_logged_each_generation_and_changes_nothing(tmp_path):
 
 def test_warns_once_past_the_bound(tmp_path, caplog, monkeypatch):
     make_trainer(tmp_path, keywords={"rollout_func": scored_rollouts}).train()
-    warnings = [record.message for record in caplog.records if "fipo/engine_mismatch/mean" in record.message]
+    warnings = [record.message for record in caplog.records if "engine_mismatch/mean" in record.message]
     assert len(warnings) == 1
     assert "above 0.05" in warnings[0]
     assert "token_truncate" in warnings[0]
     caplog.clear()
-    monkeypatch.setattr(fipo_trainer, "ENGINE_MISMATCH_BOUND", 100.0)
+    monkeypatch.setattr(dapo_trainer, "ENGINE_MISMATCH_BOUND", 100.0)
     make_trainer(tmp_path, keywords={"rollout_func": scored_rollouts}).train()
     assert "engine_mismatch" not in caplog.text
 
@@ -116,4 +116,4 @@ def test_one_update_per_generation_has_nothing_to_compare(tmp_path):
     off = {"influence_weight_min": 1.0, "influence_weight_max": 1.0, "steps_per_generation": 1}
     trainer = make_trainer(tmp_path, **off, keywords={"rollout_func": scored_rollouts})
     trainer.train()
-    assert not logged(trainer, "fipo/engine_mismatch/mean")
+    assert not logged(trainer, "engine_mismatch/mean")

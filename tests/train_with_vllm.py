@@ -105,9 +105,9 @@ def run(case: str, settings: dict, folder: Path) -> dict:
     return {
         "gemm": utils.dispatch_cpu_unquantized_gemm.__qualname__,
         "dtype": str(trainer.vllm_generation.llm.llm_engine.model_config.dtype),
-        "mean": logged(trainer, "fipo/engine_mismatch/mean"),
-        "max": logged(trainer, "fipo/engine_mismatch/max"),
-        "nan_tokens": logged(trainer, "fipo/engine_mismatch/nan_tokens"),
+        "mean": logged(trainer, "engine_mismatch/mean"),
+        "max": logged(trainer, "engine_mismatch/max"),
+        "nan_tokens": logged(trainer, "engine_mismatch/nan_tokens"),
         "greedy": cut.greedy,
         "finite": all(parameter.isfinite().all().item() for parameter in trainer.model.parameters()),
         "seconds": {"start": start, "train": time.perf_counter() - began - start},
