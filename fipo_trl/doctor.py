@@ -1,9 +1,9 @@
 """What a recipe will do and need, before a GPU is asked for it: batches, the paper's table, memory and cost.
 
-No weight is loaded: models are built on torch's meta device, from a config that is local, in Hugging Face's cache or in
-`MODELS`. The memory of an update on one GPU is the sum of the parts of `update_memory`. Parameter counts are exact; the
-activations of a dense decoder were fitted to torch's memory tracker (tests/test_doctor.py); what FSDP2, ZeRO-3 and
-vLLM hold is arithmetic from their sources and was not measured on a GPU.
+No weight is loaded: models are built on torch's meta device, from their config. Parameter counts are exact. The
+activations are those of a dense decoder with SwiGLU and RMSNorm (Qwen2, Llama, Mistral, Qwen3), to a few percent of
+what torch's memory tracker counts (tests/test_doctor.py). What FSDP2, ZeRO-3 and vLLM hold is arithmetic from their
+sources. None of it was measured on a GPU.
 """
 
 import os
@@ -12,11 +12,11 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
-import transformers
 import yaml
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 from transformers.pytorch_utils import Conv1D
+from transformers.trainer_utils import SchedulerType
 from trl import ModelConfig, get_peft_config
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE as TOKEN_TILE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as WORD_TILE
@@ -31,111 +31,57 @@ OTHER_MEMORY = 3 * GIB  # CUDA context, NCCL, fragmentation
 ENGINE_MEMORY = 2 * GIB  # vLLM's activations for 4,096 tokens, and its CUDA graphs
 SERVER_UTILIZATION = 0.9  # of a vLLM server, by its default
 
-QWEN2 = {"architecture": "Qwen2Config", "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}
-QWEN2_7B = QWEN2 | {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "tie_word_embeddings": False,
-}
-# Shapes of public models, from the config.json of each, so that none must be downloaded to be asked about
+# Public models, from the config.json of each, so that none must be downloaded to be asked about
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SHAPE += ("vocab_size", "max_position_embeddings", "tie_word_embeddings")
 MODELS = {
-    "Qwen2.5-0.5B": QWEN2
-    | {
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "max_position_embeddings": 32768,
-    },
-    "Qwen2.5-1.5B": QWEN2
-    | {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "max_position_embeddings": 131072,
-    },
-    "Qwen2.5-7B": QWEN2_7B | {"max_position_embeddings": 131072},
-    "Qwen2.5-Math-7B": QWEN2_7B | {"max_position_embeddings": 4096},
-    "Qwen2.5-32B": QWEN2_7B
-    | {
-        "hidden_size": 5120,
-        "intermediate_size": 27648,
-        "num_hidden_layers": 64,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-    },
-    "SmolLM2-135M": {
-        "architecture": "LlamaConfig",
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 8192,
-    },
+    "Qwen2.5-0.5B": (Qwen2Config, 896, 4864, 24, 14, 2, 151936, 32768, True),
+    "Qwen2.5-1.5B": (Qwen2Config, 1536, 8960, 28, 12, 2, 151936, 131072, True),
+    "Qwen2.5-7B": (Qwen2Config, 3584, 18944, 28, 28, 4, 152064, 131072, False),
+    "Qwen2.5-Math-7B": (Qwen2Config, 3584, 18944, 28, 28, 4, 152064, 4096, False),
+    "Qwen2.5-32B": (Qwen2Config, 5120, 27648, 64, 40, 8, 152064, 131072, False),
+    "SmolLM2-135M": (LlamaConfig, 576, 1536, 30, 9, 3, 49152, 8192, True),
 }
 
-SHARED = {  # in all four columns of the paper's table
-    "prompts per generation": 512,
-    "learning_rate": 1e-6,
-    "lr_scheduler_type": "constant_with_warmup",
-    "warm-up, generations": 10,
-    "weight_decay": 0.1,
-    "max_grad_norm": 1.0,
-    "beta": 0.0,
-    "entropy_coef": 0.0,
-    "epsilon": 0.2,
-    "epsilon_high": 0.28,
-    "delta": 10.0,
-    "max_prompt_length": 2048,
-    "rewards": {"dapo_reward": 1.0, "overlong_penalty": 1.0},
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "loss_type": "dapo",
-    "vllm_importance_sampling_correction": False,
-}
-DAPO = {"prompts per update": 32, "updates per generation": 16}
-FIPO = {
-    "prompts per update": 64,
-    "updates per generation": 8,
-    "future_kl_half_life": 32.0,
-    "influence_weight_max": 1.2,
-}
-AT_32B = {"max_completion_length": 20480, "overlong_buffer": 4096, "dynamic_sampling": "dapo_accuracy, 10 rounds"}
-# The paper's settings (arXiv 2603.19835, section 4.1 and table 5; its official scripts where it is silent)
+# The settings that the paper trained with: arXiv 2603.19835, tables 2 and 3, and its official scripts where these are
+# silent. `...` stands where neither names a value
 PAPER = {
-    ("32B", "dapo"): SHARED | DAPO | AT_32B | {"num_generations": 16, "oversampling": 3.0},
-    ("32B", "fipo"): SHARED
-    | FIPO
-    | AT_32B
-    | {
-        "num_generations": 16,
-        "oversampling": 4.0,
-        "influence_weight_min": 1.0,
-        "influence_safety_ratio": 10.0,
-    },
-    ("7B", "dapo"): SHARED
-    | DAPO
-    | {"num_generations": 16, "max_completion_length": 8192, "overlong_buffer": 4096, "dynamic_sampling": None},
-    ("7B", "fipo"): SHARED
-    | FIPO
-    | {
-        "num_generations": 32,
-        "max_completion_length": 10240,
-        "overlong_buffer": 2048,
-        "dynamic_sampling": None,
-        "influence_weight_min": 0.8,
-        "influence_safety_ratio": 3.0,
-    },
+    # setting: ("32B", "DAPO"), ("32B", "FIPO"), ("7B", "DAPO"), ("7B", "FIPO")
+    "prompts per generation": (512, 512, 512, 512),
+    "num_generations": (16, 16, 16, 32),
+    "prompts per update": (32, 64, 32, 64),
+    "updates per generation": (16, 8, 16, 8),
+    "dynamic sampling": ("dapo_accuracy, 10 rounds", "dapo_accuracy, 10 rounds", None, None),
+    "dynamic_sampling_oversample": (3.0, 4.0, ..., ...),
+    "max_prompt_length": (2048, 2048, 2048, 2048),
+    "max_completion_length": (20480, 20480, 8192, 10240),
+    "overlong_buffer": (4096, 4096, 4096, 2048),
+    "rewards": ({"dapo_reward": 1.0, "overlong_penalty": 1.0},) * 4,
+    "temperature": (1.0, 1.0, 1.0, 1.0),
+    "top_p": (1.0, 1.0, 1.0, 1.0),
+    "vllm_importance_sampling_correction": (False, False, False, False),
+    "loss_type": ("dapo", "dapo", "dapo", "dapo"),
+    "epsilon": (0.2, 0.2, 0.2, 0.2),
+    "epsilon_high": (0.28, 0.28, 0.28, 0.28),
+    "delta": (10.0, 10.0, 10.0, 10.0),
+    "beta": (0.0, 0.0, 0.0, 0.0),
+    "entropy_coef": (0.0, 0.0, 0.0, 0.0),
+    "future_kl_half_life": (..., 32.0, ..., 32.0),
+    "influence_weight_min": (..., 1.0, ..., 0.8),
+    "influence_weight_max": (..., 1.2, ..., 1.2),
+    "influence_safety_ratio": (..., 10.0, ..., 3.0),
+    "learning_rate": (1e-6, 1e-6, 1e-6, 1e-6),
+    "lr_scheduler_type": ("constant_with_warmup",) * 4,
+    "warm-up, generations": (10, 10, 10, 10),
+    "weight_decay": (0.1, 0.1, 0.1, 0.1),
+    "max_grad_norm": (1.0, 1.0, 1.0, 1.0),
 }
+
+
+def paper_settings(size: Literal["32B", "7B"], method: Literal["DAPO", "FIPO"]) -> dict:
+    """One column of `PAPER`, without the settings that have no value there."""
+    column = [("32B", "DAPO"), ("32B", "FIPO"), ("7B", "DAPO"), ("7B", "FIPO")].index((size, method))
+    return {name: values[column] for name, values in PAPER.items() if values[column] is not ...}
 
 
 class Part(NamedTuple):
@@ -180,8 +126,8 @@ class Run:
     checkpointing: bool = False
 
     @property
-    def is_fipo(self) -> bool:
-        return self.script_args.trainer == "fipo"
+    def method(self) -> Literal["FIPO", "DAPO"]:
+        return "FIPO" if self.script_args.trainer == "fipo" else "DAPO"
 
     @property
     def colocated(self) -> bool:
@@ -205,11 +151,6 @@ class Run:
         return (self.script_args.max_prompt_length or 0) + self.args.max_completion_length
 
     @property
-    def reward_weights(self) -> dict[str, float]:
-        names = self.script_args.reward_funcs or []
-        return dict(zip(names, self.args.reward_weights or [1.0] * len(names), strict=False))
-
-    @property
     def generations(self) -> float | None:
         """Rollout iterations of the whole run; `None` where epochs, not `max_steps`, bound it."""
         return self.args.max_steps / self.args.updates_per_generation if self.args.max_steps > 0 else None
@@ -230,22 +171,31 @@ class Run:
         return (dtype or torch.float32).itemsize
 
 
-def find_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The config of a model's language part: from its folder, from `MODELS`, or from the Hub and its cache.
+def public_config(name: str) -> PretrainedConfig | None:
+    """The config of a model of `MODELS`, by the last part of its name; `None` for others and for local folders."""
+    name_alone = os.path.basename(name.rstrip("/"))
+    if name_alone not in MODELS or os.path.isdir(name):
+        return None
+    config_class, *shape = MODELS[name_alone]
+    return config_class(**dict(zip(SHAPE, shape, strict=True)), dtype="bfloat16")
+
+
+def find_config(model_args: ModelConfig, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a model's language part, from its folder, from the Hub or from the cache.
 
     Raises:
         ValueError: if there is none.
     """
-    known = MODELS.get(os.path.basename(name.rstrip("/")))
-    if known and not os.path.isdir(name):
-        shape = {key: value for key, value in known.items() if key != "architecture"}
-        return getattr(transformers, known["architecture"])(**shape, dtype="bfloat16")
+    name = model_args.model_name_or_path
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            name, revision=model_args.model_revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model_name_or_path: no config of '{name}' ({str(error).splitlines()[0]}). Give a local folder, a model "
-            f"that the Hub or its cache has, or one of {', '.join(MODELS)}."
+            f"model_name_or_path: cannot read the config of '{name}' ({str(error).splitlines()[0]}). Give a local "
+            "folder (relative to the directory you start from) or the id of a model on the Hub. The doctor also knows "
+            f"{', '.join(MODELS)} without a network."
         ) from error
     return config.get_text_config()
 
@@ -299,14 +249,8 @@ def impossible(
     names = script_args.reward_funcs or []
     if args.reward_weights is not None and len(args.reward_weights) != len(names):
         reasons.append(
-            f"reward_weights={args.reward_weights} has {len(args.reward_weights)} values for {len(names)} reward_funcs "
-            f"({', '.join(names)}). Give one for each."
-        )
-    reward = args.dynamic_sampling_reward
-    if args.dynamic_sampling and reward is not None and reward not in [name.rpartition(".")[2] for name in names]:
-        reasons.append(
-            f"dynamic_sampling_reward={reward} is none of reward_funcs ({', '.join(names)}). Add it there, with a "
-            "weight of 0 in reward_weights if it must not count."
+            f"reward_weights={args.reward_weights} has {len(args.reward_weights)} values for the {len(names)} "
+            f"reward_funcs {', '.join(names)}. Give one for each."
         )
     context = getattr(config, "max_position_embeddings", None)
     longest = (script_args.max_prompt_length or 0) + args.max_completion_length
@@ -345,39 +289,47 @@ def impossible(
     return reasons
 
 
+def refuse_impossible(script_args, args: FIPOConfig, model_args: ModelConfig):
+    """Raise for what would fail once the model is loaded, or cut answers short; see `impossible`.
+
+    Raises:
+        ValueError: with all reasons.
+    """
+    config = find_config(model_args, args.trust_remote_code)
+    if reasons := impossible(script_args, args, model_args, config, args.world_size):
+        raise ValueError("\n".join(reasons))
+
+
 def settings(run: Run) -> dict:
     """The run's values under the names of `PAPER`."""
-    args = run.args
-    per_prompt = args.num_generations * args.updates_per_generation
-    values = {name: getattr(args, name) for name in SHARED if hasattr(args, name)}
+    args, script_args = run.args, run.script_args
+    prompts = args.generation_batch_size / args.num_generations
+    values = {name: getattr(args, name) for name in PAPER if hasattr(args, name)}
     sampling = None
     if args.dynamic_sampling:
-        reward = args.dynamic_sampling_reward or (run.script_args.reward_funcs or [None])[0]
+        reward = args.dynamic_sampling_reward or (script_args.reward_funcs or [None])[0]
         sampling = f"{reward}, {args.dynamic_sampling_max_rounds} rounds"
-    values |= {
-        "prompts per generation": args.generation_batch_size / args.num_generations,
-        "prompts per update": args.generation_batch_size * args.num_iterations / per_prompt,
+    names = script_args.reward_funcs or []
+    weights = dict(zip(names, args.reward_weights or [1.0] * len(names), strict=False))
+    return values | {
+        "prompts per generation": prompts,
+        "prompts per update": prompts * args.num_iterations / args.updates_per_generation,
         "updates per generation": args.updates_per_generation,
-        "num_generations": args.num_generations,
-        "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "dynamic sampling": sampling,
+        "max_prompt_length": script_args.max_prompt_length,
+        "overlong_buffer": script_args.overlong_buffer,
+        "rewards": {name: weight for name, weight in weights.items() if weight},
+        "lr_scheduler_type": SchedulerType(args.lr_scheduler_type).value,
         "warm-up, generations": args.warmup_steps / args.updates_per_generation,
-        "max_prompt_length": run.script_args.max_prompt_length,
-        "max_completion_length": args.max_completion_length,
-        "overlong_buffer": run.script_args.overlong_buffer,
-        "rewards": {name: weight for name, weight in run.reward_weights.items() if weight},
-        "dynamic_sampling": sampling,
-        "oversampling": args.dynamic_sampling_oversample if args.dynamic_sampling else None,
     }
-    for name in ("future_kl_half_life", "influence_weight_min", "influence_weight_max", "influence_safety_ratio"):
-        values[name] = getattr(args, name)
-    return values
 
 
 def differences(run: Run, size: Literal["32B", "7B"]) -> list[tuple[str, object, object]]:
     """Where the run departs from the paper's column for its method: (setting, paper's value, ours)."""
     ours = settings(run)
-    column = PAPER[size, "fipo" if run.is_fipo else "dapo"]
-    return [(name, value, ours[name]) for name, value in column.items() if ours[name] != value]
+    return [
+        (name, value, ours[name]) for name, value in paper_settings(size, run.method).items() if ours[name] != value
+    ]
 
 
 def update_memory(run: Run, gpu: float) -> list[Part]:
@@ -564,7 +516,7 @@ def cost(run: Run, mean_length: float) -> Cost:
 
 
 def memory_problems(run: Run, gpu: float) -> list[str]:
-    """Why a phase cannot fit: an estimate that exceeds the GPU by more than its error bar, or no room for a sequence."""
+    """Why a phase cannot fit: an estimate beyond the GPU by more than its error bar, or no room for a sequence."""
     reasons = []
     for phase, parts in [("An update", update_memory(run, gpu)), ("Sampling", rollout_memory(run, gpu))]:
         needed = sum(part.size for part in parts)
@@ -581,91 +533,139 @@ def memory_problems(run: Run, gpu: float) -> list[str]:
     return reasons
 
 
-def report(run: Run, gpu: float, mean_length: float, tokens_per_second: float | None, size: str) -> str:
+def report(
+    run: Run,
+    gpu: float,
+    size: Literal["32B", "7B"],
+    mean_length: float | None = None,
+    tokens_per_second: float | None = None,
+) -> str:
     """All that the doctor has to say about a run, as text.
 
     Args:
         gpu: Memory of one GPU, in bytes.
-        mean_length: Of the completions, in tokens.
+        size: The model of the paper to compare with.
+        mean_length: Of completions, in tokens; 4,000 if not given, or `max_completion_length` where that is less.
         tokens_per_second: Completion tokens sampled per second by all GPUs, as a mean over whole generations with
             their updates; `None` if not measured.
-        size: Which model of the paper to compare with, "32B" or "7B".
+
+    Raises:
+        ValueError: if `mean_length` is more than `max_completion_length`.
     """
-    args, count = run.args, run.parameters
-    method = "FIPO" if run.is_fipo else "DAPO"
-    updates = args.updates_per_generation
-    per_update = args.generation_batch_size * args.num_iterations / updates
-    prompts = args.generation_batch_size / args.num_generations
-    lines = [
-        f"{method} of {run.model_args.model_name_or_path}: {count.total:,} parameters, {count.trainable:,} trained, on "
-        f"{run.world_size} x {gpu / GIB:g} GiB, {run.sharding if run.sharding != 'none' else 'not sharded'}",
-        "",
-        "Batches",
-        f"  {args.generation_batch_size:,} completions ({prompts:g} prompts x {args.num_generations}) per generation: "
-        f"{run.world_size} processes x {args.per_device_train_batch_size} x {args.steps_per_generation} micro-steps",
-        f"  {per_update:,g} completions ({per_update / args.num_generations:g} prompts) per update, {updates:g} updates "
-        "per generation",
-    ]
-    if run.generations is not None:
-        sampled = run.generations * prompts * run.oversampling
-        lines += [
-            f"  {args.max_steps:,} updates = {run.generations:,g} generations, {run.generations * args.generation_batch_size:,.0f} "
-            "completions trained on",
-            f"  {run.generations * prompts:,.0f} prompts trained on = {run.generations * prompts / DISTINCT_PROMPTS:.1f} epochs of "
-            f"the {DISTINCT_PROMPTS:,} distinct prompts of DAPO-Math-17k"
-            + (
-                f"; at least {sampled:,.0f} sampled ({sampled / DISTINCT_PROMPTS:.1f} epochs), more where rounds repeat"
-                if args.dynamic_sampling
-                else ""
-            ),
-        ]
-    lines += ["", acts(run), ""]
-
-    found = differences(run, size)
-    lines.append(
-        f"Paper, Qwen2.5-{'Math-7B' if size == '7B' else '32B'} {method}: " + ("no difference" if not found else "")
+    longest = run.args.max_completion_length
+    mean_length = min(4000, longest) if mean_length is None else mean_length
+    if mean_length > longest:
+        raise ValueError(f"mean_length={mean_length:g} is more than max_completion_length={longest}. Lower it.")
+    count = run.parameters
+    spread = {"none": "not sharded", "fsdp2": "FSDP2", "zero3": "ZeRO-3"}[run.sharding]
+    offload = ", offloaded to CPU memory" if run.offload else ""
+    title = (
+        f"{run.method} of {run.model_args.model_name_or_path}, {count.total:,} parameters, {count.trainable:,} trained"
+        f"\n{run.world_size} x {gpu / GIB:g} GiB, {spread}{offload}"
     )
-    lines += [f"  {name}: paper {value}, here {ours}" for name, value, ours in found]
-
-    for title, parts in [("an update", update_memory(run, gpu)), ("sampling", rollout_memory(run, gpu))]:
-        needed = sum(part.size for part in parts)
-        low, high = needed * (1 - ERROR_BAR) / GIB, needed * (1 + ERROR_BAR) / GIB
-        lines += ["", f"Memory of a GPU, {title}: {needed / GIB:.1f} GiB ({low:.0f} to {high:.0f}) of {gpu / GIB:g}"]
-        lines += [f"  {part.size / GIB:7.2f}  {part.name:<32} {part.formula}" for part in parts]
-    if args.use_vllm:
-        tokens, rows = engine_cache(run, gpu), args.generation_batch_size * run.oversampling / run.engines
-        most = args.per_device_train_batch_size * args.vllm_tensor_parallel_size * args.steps_per_generation
-        lines.append(
-            f"  each of {run.engines} engines samples {rows:,g} completions"
-            + (f", at most {most:,} at once (TRL)" if run.colocated else "")
-            + f"; its cache holds {tokens / run.longest:,.1f} of the longest, {tokens / mean_length:,.0f} of {mean_length:g} tokens"
-        )
-
-    one = cost(run, mean_length)
-    total = one.sampling + one.old_log_probs + one.updates
-    lines += [
-        "",
-        f"Cost of a generation at a mean of {mean_length:g} tokens: {one.sampled_tokens / 1e6:,.1f}M tokens sampled"
-        + (" (at least)" if args.dynamic_sampling else ""),
-        f"  {total:.2e} operations: sampling {one.sampling:.1e}, old log-probs {one.old_log_probs:.1e}, updates {one.updates:.1e}",
+    sections = [
+        title,
+        "\n".join(["Batches", *batches(run)]),
+        acts(run),
+        "\n".join(comparison(run, size)),
+        "\n".join(memory_table(run, gpu, "an update", update_memory(run, gpu))),
+        "\n".join([*memory_table(run, gpu, "sampling", rollout_memory(run, gpu)), *engines(run, gpu, mean_length)]),
+        "\n".join(costs(run, mean_length, tokens_per_second)),
     ]
-    if tokens_per_second:
-        seconds = one.sampled_tokens / tokens_per_second
-        lines.append(
-            f"  {seconds / 60:,.1f} minutes at {tokens_per_second:,g} tokens/s"
-            + ("" if run.generations is None else f", {seconds * run.generations / 3600:,.1f} hours for the run")
-        )
-    return "\n".join(lines)
+    return "\n\n".join(sections)
+
+
+def batches(run: Run) -> list[str]:
+    """The arithmetic of a generation, an update and the run."""
+    args, updates = run.args, run.args.updates_per_generation
+    prompts = args.generation_batch_size / args.num_generations
+    per_update = args.generation_batch_size * args.num_iterations / updates
+    lines = [
+        f"  {args.generation_batch_size:,} completions ({prompts:,g} prompts x {args.num_generations}) per generation"
+        f": {run.world_size} processes x {args.per_device_train_batch_size} x {args.steps_per_generation} micro-steps",
+        f"  {per_update:,g} completions ({per_update / args.num_generations:,g} prompts) per update, {updates:g} "
+        "updates per generation",
+    ]
+    if run.generations is None:
+        return [*lines, f"  max_steps is not set: {args.num_train_epochs:g} epochs"]
+    trained = run.generations * prompts
+    lines.append(
+        f"  {args.max_steps:,} updates = {run.generations:,g} generations, "
+        f"{run.generations * args.generation_batch_size:,.0f} completions and {trained:,.0f} prompts trained on"
+    )
+    if "DAPO-Math-17k" in (run.script_args.dataset_name or ""):
+        epochs = f"  {trained / DISTINCT_PROMPTS:.1f} epochs of about {DISTINCT_PROMPTS:,} distinct prompts"
+        if args.dynamic_sampling:
+            sampled = trained * run.oversampling
+            epochs += (
+                f" trained on; {sampled / DISTINCT_PROMPTS:.1f} or more sampled: dynamic sampling drops prompts that "
+                "are all right or all wrong, and samples more where too few are left"
+            )
+        lines.append(epochs)
+    return lines
 
 
 def acts(run: Run) -> str:
     """Whether FIPO differs from DAPO in this run, in a sentence."""
     updates = run.args.updates_per_generation
-    if not run.is_fipo:
+    if run.method == "DAPO":
         return "FIPO does not act: trainer=grpo is the control arm (DAPO)."
     if run.args.fipo_is_off:
         return "FIPO does not act: both bounds of the influence weight are 1."
     return (
-        f"FIPO acts in {updates - 1:g} of {updates:g} updates per generation: in the first the policy is still the one "
-        "that generated."
+        f"FIPO acts in {updates - 1:g} of {updates:g} updates per generation: in the first, the policy is still the "
+        "one that generated."
     )
+
+
+def comparison(run: Run, size: Literal["32B", "7B"]) -> list[str]:
+    """The run beside the paper's column for its method."""
+    title = f"Beside the paper's {run.method} of {'Qwen2.5-32B' if size == '32B' else 'Qwen2.5-Math-7B'}"
+    rows = [("setting", "paper", "here"), *differences(run, size)]
+    if len(rows) == 1:
+        return [f"{title}: no difference in {len(paper_settings(size, run.method))} settings"]
+    return [f"{title}:", *(f"  {name:<24} {paper!s:<28} {ours}" for name, paper, ours in rows)]
+
+
+def memory_table(run: Run, gpu: float, phase: str, parts: list[Part]) -> list[str]:
+    """The parts of a memory estimate and their sum, in GiB."""
+    needed = sum(part.size for part in parts) / GIB
+    low, high = needed * (1 - ERROR_BAR), needed * (1 + ERROR_BAR)
+    return [
+        f"Memory of a GPU, {phase}: {needed:.1f} GiB ({low:.0f} to {high:.0f}) of {gpu / GIB:g}",
+        *(f"  {part.size / GIB:7.2f}  {part.name:<32} {part.formula}" for part in parts),
+    ]
+
+
+def engines(run: Run, gpu: float, mean_length: float) -> list[str]:
+    """How many completions vLLM samples at once."""
+    args = run.args
+    if not args.use_vllm:
+        return []
+    rows = args.generation_batch_size * run.oversampling / run.engines
+    at_once = ""
+    if run.colocated:  # what TRL sets as max_num_seqs
+        most = args.per_device_train_batch_size * args.vllm_tensor_parallel_size * args.steps_per_generation
+        at_once = f", at most {most:,} at once"
+    tokens = engine_cache(run, gpu)
+    return [
+        f"  vLLM: {run.engines} x {rows:,g} completions{at_once}; the cache of each holds {tokens / run.longest:,.0f} "
+        f"of the longest, {tokens / mean_length:,.0f} of {mean_length:g} tokens"
+    ]
+
+
+def costs(run: Run, mean_length: float, tokens_per_second: float | None) -> list[str]:
+    """Tokens, operations and, from a measured speed, hours."""
+    one = cost(run, mean_length)
+    lines = [
+        f"Cost of a generation at a mean of {mean_length:g} tokens",
+        f"  {one.sampled_tokens / 1e6:,.1f} million tokens sampled"
+        + (" or more" if run.args.dynamic_sampling else ""),
+        f"  {one.sampling + one.old_log_probs + one.updates:.1e} floating-point operations: sampling "
+        f"{one.sampling:.1e}, old log-probs {one.old_log_probs:.1e}, updates {one.updates:.1e}",
+    ]
+    if tokens_per_second:
+        seconds = one.sampled_tokens / tokens_per_second
+        run_hours = "" if run.generations is None else f", {seconds * run.generations / 3600:,.1f} hours for the run"
+        lines.append(f"  {seconds / 60:,.1f} minutes at {tokens_per_second:,g} tokens/s{run_hours}")
+    return lines

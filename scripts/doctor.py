@@ -1,7 +1,8 @@
-"""What a recipe will do and need: batches, the paper's table, memory, cost. Needs no GPU, loads no weights, takes seconds.
+"""What a recipe will do and need: batches, the paper's table, memory, cost. Takes seconds, no GPU and no weights.
 
-    python scripts/doctor.py --config recipes/Qwen2.5-32B/fipo.yaml --accelerate_config recipes/accelerate/16_nodes_fsdp2.yaml
-    python scripts/doctor.py --config RECIPE.yaml --world_size 8 --gpu_memory_gib 80 --mean_length 4000 --max_steps 100
+    python scripts/doctor.py --config recipes/Qwen2.5-32B/fipo.yaml \\
+        --accelerate_config recipes/accelerate/16_nodes_fsdp2.yaml --mean_length 10000
+    python scripts/doctor.py --config RECIPE.yaml --world_size 8 --gpu_memory_gib 40 --max_completion_length 4096
 
 Flags of `scripts/train_fipo.py` may follow, and win over the recipe. The exit status is 1 if the run cannot work.
 """
@@ -28,9 +29,8 @@ def examine(arguments: list[str], world_size: int, **spread) -> doctor.Run:
         script_args, args, model_args, _ = parse([*arguments, *without_gpu])
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set: give a local folder or the id of a model on the Hub.")
-    config = doctor.find_config(
-        model_args.model_name_or_path, model_args.model_revision, trust_remote_code=args.trust_remote_code
-    )
+    config = doctor.public_config(model_args.model_name_or_path)
+    config = config or doctor.find_config(model_args, args.trust_remote_code)
     return doctor.Run(script_args, args, model_args, config, world_size=world_size, **spread)
 
 
@@ -41,7 +41,7 @@ def main():
     parser.add_argument("--accelerate_config", metavar="YAML", help="how the run is spread: see recipes/accelerate")
     parser.add_argument("--world_size", type=int, help="number of processes; default: the accelerate config's, or 1")
     parser.add_argument("--gpu_memory_gib", type=float, default=80.0, help="memory of each GPU (default: 80)")
-    parser.add_argument("--mean_length", type=float, default=4000.0, help="mean tokens per completion (default: 4000)")
+    parser.add_argument("--mean_length", type=float, help="mean tokens per completion (default: 4000)")
     parser.add_argument("--tokens_per_second", type=float, help="completion tokens per second of all GPUs, measured")
     parser.add_argument("--paper", choices=["32B", "7B"], help="model of the paper to compare with (default: by name)")
     options, arguments = parser.parse_known_args()
@@ -52,11 +52,11 @@ def main():
                 raise ValueError(f"--{name} {value} must be greater than 0.")
         spread = doctor.read_accelerate_config(options.accelerate_config) if options.accelerate_config else {}
         run = examine(arguments, **spread | {"world_size": options.world_size or spread.get("world_size", 1)})
+        gpu = options.gpu_memory_gib * doctor.GIB
+        size = options.paper or ("7B" if "math-7b" in run.model_args.model_name_or_path.lower() else "32B")
+        print(doctor.report(run, gpu, size, options.mean_length, options.tokens_per_second))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    gpu = options.gpu_memory_gib * doctor.GIB
-    size = options.paper or ("7B" if "math-7b" in run.model_args.model_name_or_path.lower() else "32B")
-    print(doctor.report(run, gpu, options.mean_length, options.tokens_per_second, size))
     reasons = doctor.impossible(run.script_args, run.args, run.model_args, run.config, run.world_size)
     reasons += doctor.memory_problems(run, gpu)
     for reason in reasons:

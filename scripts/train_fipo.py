@@ -42,6 +42,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 from fipo_trl import DAPOTrainer, FIPOConfig, FIPOTrainer
 from fipo_trl import rewards as dapo_rewards
 from fipo_trl.data import from_dapo, is_dapo, load_splits
+from fipo_trl.doctor import refuse_impossible
 
 
 INTERRUPTED = 130  # exit status of a run that was stopped by a signal, after it saved a checkpoint
@@ -363,6 +364,7 @@ def prepare(script_args, training_args, model_args, mixture) -> dict:
     """
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set: give a local folder or the id of a model on the Hub.")
+    refuse_impossible(script_args, training_args, model_args)
     reward_funcs = load_rewards(script_args, training_args)
     decides = training_args.dynamic_sampling_reward
     names = [getattr(function, "__name__", str(function).split("/")[-1]) for function in reward_funcs]
