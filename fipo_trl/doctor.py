@@ -342,8 +342,8 @@ def update_memory(run: Run, gpu: float) -> list[Part]:
     hidden, intermediate, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     tokens = args.per_device_train_batch_size * run.longest
     kv = kv_width(config)
-    mixed = run.sharding == "none" and run.weight_bytes == 4  # float32 weights, between which autocast computes
-    stream = 4 if mixed else 2  # bytes per value that goes from layer to layer
+    mixed = run.sharding == "none" and run.weight_bytes == 4 and args.bf16  # float32 weights under autocast
+    stream = 4 if run.sharding == "none" and run.weight_bytes == 4 else 2  # bytes per value between layers
     parts = list(states)
     if run.sharding != "none":
         parts.append(
@@ -363,31 +363,29 @@ def update_memory(run: Run, gpu: float) -> list[Part]:
             )
     elif run.world_size > 1:
         parts.append(states[1]._replace(name="gradients in DDP's buckets"))
+    copies = Part("bf16 copies of the weights", f"{count.linear:,} x 2 B", 2 * count.linear if mixed else 0)
     if run.checkpointing or args.gradient_checkpointing:
         formula = f"{layers} layers x {tokens:,} tokens x {hidden} x {stream} B"
         parts.append(Part("checkpoints", formula, layers * tokens * hidden * stream))
+        across, inside = (36, 12) if mixed else (24, 12)
     else:
-        width = 11 * stream * hidden + 8 * intermediate + 4 * kv
-        formula = f"{layers} layers x {tokens:,} tokens x ({11 * stream} hidden + 8 intermediate + 4 kv) B"
-        parts.append(Part("activations", formula, layers * tokens * width))
-    across = 24 if stream == 2 else 36
-    parts.append(
-        max(
-            Part(
-                "a layer, backward",
-                f"{tokens:,} tokens x ({across} hidden + 12 intermediate + 4 kv) B",
-                tokens * (across * hidden + 12 * intermediate + 4 * kv),
-            ),
-            Part(
-                "the head, backward",
-                f"tile {min(tokens, TOKEN_TILE):,} x {WORD_TILE:,} x 2 B + {tokens:,} x hidden x 6 B"
-                + ("" if run.model_args.use_peft else " + vocabulary x hidden x 4 B"),
-                head_memory(run, tokens),
-            ),
-            Part("bf16 copies of the weights", f"{count.linear:,} x 2 B", 2 * count.linear if mixed else 0),
-            key=lambda part: part.size,
-        )
+        saved = 30 if mixed else 20
+        formula = f"{layers} layers x {tokens:,} tokens x ({saved} hidden + 8 intermediate + 4 kv) B"
+        parts.append(Part("activations", formula, layers * tokens * (saved * hidden + 8 * intermediate + 4 * kv)))
+        parts += [copies] if mixed else []  # the backward pass multiplies by them
+        across, inside = (32, 0) if mixed else (28, 0)
+    layer = Part(
+        "a layer, backward",
+        f"{tokens:,} tokens x ({across} hidden + {inside} intermediate + 4 kv) B",
+        tokens * (across * hidden + inside * intermediate + 4 * kv),
     )
+    head = Part(
+        "the head, backward",
+        f"tile {min(tokens, TOKEN_TILE):,} x {WORD_TILE:,} x 2 B + {tokens:,} x hidden x 6 B"
+        + ("" if run.model_args.use_peft else " + vocabulary x hidden x 4 B"),
+        head_memory(run, tokens),
+    )
+    parts.append(max(layer, head, copies, key=lambda part: part.size))  # not at the same time
     rows = args.generation_batch_size / run.world_size
     parts.append(Part("completions in use", f"{rows:g} rows x {run.longest:,} tokens x 32 B", rows * run.longest * 32))
     if run.colocated and not args.vllm_enable_sleep_mode:
@@ -631,8 +629,9 @@ def memory_table(run: Run, gpu: float, phase: str, parts: list[Part]) -> list[st
     """The parts of a memory estimate and their sum, in GiB."""
     needed = sum(part.size for part in parts) / GIB
     low, high = needed * (1 - ERROR_BAR), needed * (1 + ERROR_BAR)
+    doubt = ": may not fit" if needed * GIB > gpu else ""
     return [
-        f"Memory of a GPU, {phase}: {needed:.1f} GiB ({low:.0f} to {high:.0f}) of {gpu / GIB:g}",
+        f"Memory of a GPU, {phase}: {needed:.1f} GiB ({low:.0f} to {high:.0f}) of {gpu / GIB:g}{doubt}",
         *(f"  {part.size / GIB:7.2f}  {part.name:<32} {part.formula}" for part in parts),
     ]
 
