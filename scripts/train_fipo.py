@@ -19,6 +19,7 @@ import shlex
 import signal
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
@@ -26,7 +27,7 @@ import torch
 import yaml
 from transformers import AutoTokenizer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -294,7 +295,9 @@ def vllm_server_command(training_args: FIPOConfig, model_args: ModelConfig) -> s
 
 def find_checkpoint(training_args: FIPOConfig) -> str | None:
     """The checkpoint to resume from. An output folder with the checkpoints of another run is not overwritten."""
-    latest = get_last_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None
+    # The trainer's state is written last: without it, a process was killed while it saved
+    states = Path(training_args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+    latest = max((str(state.parent) for state in states), key=lambda path: int(path.split("-")[-1]), default=None)
     wanted = training_args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         if latest:

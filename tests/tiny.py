@@ -38,14 +38,22 @@ def longer_is_better(completions, **kwargs):
     return [len(completion) + completion.count("a") / 7 for completion in completions]
 
 
+def right_for_some(prompts, completions, **kwargs):
+    """A reward by which groups are all right, all wrong, or mixed, depending on their prompts."""
+    kinds = [random.Random(prompt).choice(["right", "wrong", "mixed", "mixed"]) for prompt in prompts]
+    return [
+        float(kind == "right" or (kind == "mixed" and len(completion) % 2))
+        for kind, completion in zip(kinds, completions, strict=True)
+    ]
+
+
 def fixed_rollouts(prompts, trainer):
     """TRL's rollout_func: a completion is a function of its prompt and of its number within the group."""
     tokenizer = trainer.processing_class
-    seen = dict.fromkeys(prompts, 0)
+    first = trainer.accelerator.process_index * len(prompts)  # groups may straddle processes
     completions = []
-    for prompt in prompts:
-        generator = random.Random(f"{prompt} {seen[prompt]}")
-        seen[prompt] += 1
+    for i, prompt in enumerate(prompts):
+        generator = random.Random(f"{prompt} {(first + i) % trainer.num_generations}")
         length = generator.randint(1, 12)
         completions.append([generator.randrange(2, len(tokenizer)) for _ in range(length)] + [tokenizer.eos_token_id])
     return {
@@ -88,11 +96,10 @@ def make_trainer(output_dir, trainer_class=FIPOTrainer, *, args=None, prompts=PR
     """`settings` go to the config, `keywords` to the trainer."""
     return trainer_class(
         model=make_model(),
-        reward_funcs=longer_is_better,
         args=args or make_args(output_dir, **settings),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=AutoTokenizer.from_pretrained(BASE, padding_side="left"),
-        **keywords or {},
+        **{"reward_funcs": longer_is_better, **(keywords or {})},
     )
 
 
