@@ -367,7 +367,6 @@ def prepare(script_args, training_args, model_args, mixture) -> dict:
     """
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set: give a local folder or the id of a model on the Hub.")
-    refuse_impossible(script_args, training_args, model_args)
     reward_funcs = load_rewards(script_args, training_args)
     decides = training_args.dynamic_sampling_reward
     names = [getattr(function, "__name__", str(function).split("/")[-1]) for function in reward_funcs]
@@ -384,6 +383,7 @@ def prepare(script_args, training_args, model_args, mixture) -> dict:
             trust_remote_code=training_args.trust_remote_code,
         )
     train_dataset, eval_dataset = load_data(script_args, mixture, evaluate, reward_funcs, tokenizer)
+    refuse_impossible(script_args, training_args, model_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
