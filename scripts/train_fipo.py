@@ -80,14 +80,12 @@ class FIPOScriptArguments(GRPOScriptArguments):
         default=None,
         metadata={
             "help": "Problems to evaluate on before the first update, every eval_steps updates and after the last, "
-            "beside TRL's own evaluation (eval_strategy): 'aime24', 'aime25', a folder, file or Hub id, or NAME=SOURCE."
+            "beside TRL's own evaluation (eval_strategy): aime24, aime25, a folder, file or Hub id, or NAME=SOURCE."
         },
     )
     eval_samples: int = field(default=32, metadata={"help": "Samples per problem of eval_problems: n of avg@n."})
     eval_temperature: float = field(default=1.0, metadata={"help": "Temperature of these samples."})
-    eval_top_p: float = field(
-        default=0.7, metadata={"help": "Top-p of these samples (the paper's; it trains at 1.0)."}
-    )
+    eval_top_p: float = field(default=0.7, metadata={"help": "Top-p of these samples; the paper trains at 1.0."})
     eval_reward: str = field(
         default="dapo_accuracy",
         metadata={"help": "Reward function, named as in reward_funcs, that gives 1 where an answer is right, or 0."},
