@@ -102,7 +102,8 @@ def bootstrap(values: dict[str, np.ndarray], resamples: int = RESAMPLES, seed: i
     """Means over problems with 95% intervals: percentiles over `resamples` draws of P problems with replacement.
 
     The problems are what is drawn, because they are few (30 in AIME) and differ most. That their n completions are
-    samples, too, is part of how much the problems differ. All metrics see the same draws.
+    samples, too, is part of how much the problems differ. All metrics see the same draws. Where a metric is the same
+    for every problem, as when all are solved, the interval shrinks to that number, and is too short.
 
     Args:
         values: `{metric: (P,)}`, as [`per_problem`] gives them.
