@@ -37,6 +37,7 @@ from trl import (
     get_quantization_config,
     rewards,
 )
+from trl.data_utils import is_conversational
 from trl.scripts import vllm_serve
 from trl.scripts.grpo import GRPOScriptArguments
 
@@ -44,6 +45,7 @@ from fipo_trl import DAPOTrainer, FIPOConfig, FIPOTrainer
 from fipo_trl import rewards as dapo_rewards
 from fipo_trl.data import from_dapo, is_dapo, load_problems, load_splits
 from fipo_trl.doctor import refuse_impossible
+from fipo_trl.evaluation import score
 from fipo_trl.evaluation_callback import EvaluationCallback, check_evaluation
 
 
@@ -271,6 +273,9 @@ def load_evaluation(sources: list[str], reward: str, settings=("eval_problems", 
                     f"{settings[0]}: '{source}' has no column '{column}', which {reward} reads, only "
                     f"{', '.join(dataset.column_names)}."
                 )
+        row = {column: [value] for column, value in dataset[0].items()}
+        nothing = [{"role": "assistant", "content": ""}] if is_conversational(dataset[0]) else ""
+        score(accuracy, row.pop("prompt"), [nothing], completion_ids=[[]], **row)  # refuses other values than 0 and 1
         problems[name] = dataset
     return problems, accuracy
 
