@@ -80,7 +80,7 @@ def load_problems(source: str, setting: str = "dataset") -> tuple[str, Dataset]:
     Raises:
         ValueError: if it cannot be loaded or has other columns, no rows, or a row without prompt or solution.
     """
-    name, _, path = source.rpartition("=") if "=" in source else (source, None, source)
+    name, _, path = source.partition("=") if "=" in source and not os.path.exists(source) else (source, "", source)
     name = os.path.splitext(os.path.basename(name.rstrip("/")))[0]
     splits = load_splits(AIME.get(path, path), setting=setting)
     split = "test" if "test" in splits else next(iter(splits))

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from train_fipo import load_evaluation
 from trl.data_utils import is_conversational
 
+from fipo_trl.data import AIME
 from fipo_trl.evaluation import answers_beside, bootstrap, paired_bootstrap, per_problem, quartiles, score
 from fipo_trl.evaluation_callback import check_sampling
 from fipo_trl.sampling import Sampler, SavedModel, transformers_sampler, vllm_sampler
@@ -39,7 +40,8 @@ from fipo_trl.sampling import Sampler, SavedModel, transformers_sampler, vllm_sa
 
 # Percent, from the paper's tables. A model is known by its (hidden_size, num_hidden_layers).
 PAPER = {
-    (5120, 64): {  # Qwen2.5-32B
+    (5120, 64): {
+        "model": "Qwen2.5-32B",
         "aime24": {
             "DAPO": {"avg@32": 50, "cons@32": 60, "pass@32": 80},
             "FIPO": {"avg@32": 56, "cons@32": 73, "pass@32": 83},
@@ -49,7 +51,8 @@ PAPER = {
             "FIPO": {"avg@32": 43, "cons@32": 50, "pass@32": 67},
         },
     },
-    (3584, 28): {  # Qwen2.5-Math-7B
+    (3584, 28): {
+        "model": "Qwen2.5-Math-7B",
         "aime24": {"GRPO": {"avg@32": 22}, "DAPO": {"avg@32": 36}, "FIPO": {"avg@32": 40}},
         "aime25": {"GRPO": {"avg@32": 18}, "DAPO": {"avg@32": 18}, "FIPO": {"avg@32": 19}},
     },
@@ -123,8 +126,13 @@ def open_results(folder: Path, settings: dict) -> tuple[dict[int, list[dict]], B
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         refuse(f"Another process is evaluating into {folder}. Wait for it, or give another --output_dir.")
+    file.seek(0)
+    lines = file.read().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):  # the process was killed while it wrote this line
+        file.truncate(sum(map(len, lines[:-1])))
+        lines.pop()
     path = folder / "settings.json"
-    if path.exists():
+    if lines:
         there = json.loads(path.read_text())
         for name in sorted(settings.keys() | there.keys()):
             if settings.get(name) != there.get(name):
@@ -133,14 +141,7 @@ def open_results(folder: Path, settings: dict) -> tuple[dict[int, list[dict]], B
                     "They cannot be mixed. Give another --output_dir, or delete that folder."
                 )
     else:
-        new = path.with_suffix(".new")
-        new.write_text(json.dumps(settings, indent=2) + "\n")
-        new.rename(path)  # so that it is whole or not there
-    file.seek(0)
-    lines = file.read().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):  # the process was killed while it wrote this line
-        file.truncate(sum(map(len, lines[:-1])))
-        lines.pop()
+        path.write_text(json.dumps(settings, indent=2) + "\n")
     rows = map(json.loads, lines)
     return {row["problem"]: row["samples"] for row in rows}, file
 
@@ -204,7 +205,7 @@ def table(name: str, summary: dict, model: SavedModel) -> str:
     """The summary as text, beside the paper's numbers where they are for these problems and a model of this shape."""
     settings = summary["settings"]
     shape = tuple(getattr(model.config, name, None) for name in ("hidden_size", "num_hidden_layers"))
-    paper = PAPER.get(shape, {}).get(name, {}) if settings["n"] == 32 else {}
+    paper = PAPER.get(shape, {}).get(name, {}) if settings["n"] == 32 and name in AIME else {}
     lines = [
         f"\n{name}: {settings['problems']} problems x {settings['n']} samples, temperature {settings['temperature']}, "
         f"top-p {settings['top_p']}, at most {settings['max_tokens']} tokens ({settings['backend']})\n",
@@ -219,7 +220,9 @@ def table(name: str, summary: dict, model: SavedModel) -> str:
     if not settings["has_answers"]:
         lines.append("No cons@n: there is no predicted_answer(completion) in the module of the reward function.")
     if paper:
-        lines.append("The paper (arXiv 2603.19835) does not say how it estimates cons@32 and pass@32.")
+        lines.append(
+            f"Paper: {PAPER[shape]['model']}, arXiv 2603.19835. How it estimates cons and pass, it does not say."
+        )
     return "\n".join(lines)
 
 
@@ -325,8 +328,10 @@ def main():
     try:
         options = read_options()
         print(compare(*options.compare)) if options.compare else evaluate(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nStopped. The same command goes on from here.")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from train_fipo import parse  # noqa: E402
 
 
 PROBLEMS = Dataset.from_dict({"prompt": PROMPTS[:5], "solution": ["a", "b", "c", "d", "e"]})
+DROPOUT = {"peft_config": LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear", init_lora_weights=False)}
 GREEDY = {"temperature": 1.0, "top_p": 1e-6}  # nothing but the likeliest token is left to sample from
 
 
@@ -56,7 +57,7 @@ def rest_of(log_history):
     [
         (FIPOTrainer, None, {"logging_steps": 3}),
         (DAPOTrainer, None, {"dynamic_sampling": True, "log_completions": True}),
-        (FIPOTrainer, {"peft_config": LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear")}, {}),
+        (FIPOTrainer, DROPOUT, {}),
     ],
     ids=["fipo", "dapo", "dropout"],
 )
@@ -78,6 +79,7 @@ def test_training_does_not_notice(tmp_path, trainer_class, keywords, settings):
 
 def greedy(trainer):
     texts = []
+    trainer.model.eval()
     for prompt in PROBLEMS["prompt"]:
         ids = torch.tensor([trainer.processing_class.encode(prompt)])
         output = trainer.model.generate(input_ids=ids, do_sample=False, max_new_tokens=trainer.max_completion_length)
@@ -85,8 +87,11 @@ def greedy(trainer):
     return texts
 
 
-def test_reports_what_the_policy_answers(tmp_path):
-    trainer = train(tmp_path, generation_kwargs={"top_p": 0.5})  # which would win over all else in training
+@pytest.mark.parametrize("keywords", [None, DROPOUT], ids=["full", "dropout"])
+def test_reports_what_the_policy_answers(tmp_path, keywords):
+    # A top-p given in this way wins over all other settings, in training
+    trainer = train(tmp_path, keywords=keywords, generation_kwargs={"top_p": 0.5})
+    assert trainer.model.training
     assert trainer.generation_kwargs["top_p"] == trainer.generation_config.top_p == 0.5
     row = evaluations(trainer)[10]
     texts = greedy(trainer)
