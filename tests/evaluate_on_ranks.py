@@ -19,11 +19,11 @@ def main(result):
         return [float(len(set(completion)) % 2) for completion in completions]
 
     trainer = make_trainer("unused", eval_steps=1)
-    problems = {"x": Dataset.from_dict({"prompt": PROMPTS[:5]})}
+    problems = {"x": Dataset.from_dict({"prompt": PROMPTS[:5]}), "one": Dataset.from_dict({"prompt": PROMPTS[:1]})}
     greedy = EvaluationCallback(trainer, problems, odd_variety, n=3, top_p=1e-6).evaluate("x")
-    EvaluationCallback(trainer, problems, odd_variety, n=3, temperature=2.0, top_p=1.0).evaluate("x")
+    EvaluationCallback(trainer, problems, odd_variety, n=16, temperature=2.0, top_p=1.0).evaluate("one")
     everyones = gather_object([greedy])
-    completions = gather_object(list(seen))[:15]
+    completions = gather_object(list(seen))
     if trainer.accelerator.is_main_process:
         content = {
             "world_size": trainer.accelerator.num_processes,
