@@ -266,7 +266,7 @@ def load_evaluation(sources: list[str], reward: str, settings=("eval_problems", 
     for source in sources:
         name, dataset = load_problems(source, settings[0])
         if name in problems:
-            raise ValueError(f"{settings[0]}: two sources are called '{name}'. Rename one: NAME={source}.")
+            raise ValueError(f"{settings[0]}: two sources are called '{name}'. Rename one with NAME=SOURCE.")
         for column in columns_read_by([accuracy]):
             if column not in dataset.column_names:
                 raise ValueError(
