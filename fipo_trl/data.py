@@ -1,4 +1,4 @@
-"""Data in the schema of DAPO-Math-17k, as TRL's columns `prompt` and `solution`, each problem once.
+"""Data to train and to evaluate on, as TRL's columns `prompt` and `solution`, each problem once.
 
 The published files repeat their problems: `BytedTsinghua-SIA/DAPO-Math-17k` has 1.79M rows for about 17k problems,
 `BytedTsinghua-SIA/AIME-2024` 960 for 30. Rows that are equal are dropped in Arrow, batch by batch; only what is left
@@ -18,6 +18,7 @@ from fipo_trl.rewards import normalize_answer
 
 
 READ_AT_ONCE = 50_000  # rows: tens of megabytes
+AIME = {"aime24": "BytedTsinghua-SIA/AIME-2024", "aime25": "math-ai/aime25"}  # on the Hub
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +33,16 @@ def dapo_prompt(problem: str) -> list[dict]:
     return [{"role": "user", "content": text}]
 
 
-def load_splits(name: str, config: str | None = None, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
+def load_splits(
+    name: str, config: str | None = None, streaming: bool = False, setting: str = "dataset_name"
+) -> DatasetDict | IterableDatasetDict:
     """A dataset by its name, as it is: all its splits; those of a single file are `train` only.
 
     Args:
         name: A folder, a .parquet, .jsonl or .json file, or the id of a dataset on the Hugging Face Hub.
         config: Its configuration, where it has several.
         streaming: Whether to read while training, in place of before.
+        setting: What error messages call the name.
 
     Raises:
         ValueError: if it cannot be loaded. A Hub that cannot be reached is found out at once, not after retries.
@@ -55,10 +59,57 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
         return load_dataset(name, config, streaming=streaming)
     except Exception as error:
         raise ValueError(
-            f"dataset_name: cannot load '{name}' ({error}). Give a local folder or file (relative to the directory "
+            f"{setting}: cannot load '{name}' ({error}). Give a local folder or file (relative to the directory "
             "you start from) or the id of a dataset on the Hugging Face Hub. Without a network, download it elsewhere "
             "and give the folder, or set HF_HUB_OFFLINE=1 if this machine's cache has it."
         ) from error
+
+
+def load_problems(source: str, setting: str = "dataset") -> tuple[str, Dataset]:
+    """Problems to evaluate on: their short name, and columns `prompt` (chat or text) and `solution` (text).
+
+    Rows may have those columns, with others that a reward function reads; DAPO's schema (see [`from_dapo`]); or
+    `problem` and `answer`, as most copies of AIME: the problem is then asked in DAPO's words.
+
+    Args:
+        source: `aime24` or `aime25`, for the Hub's; a folder, file or Hub id as in [`load_splits`], of which the split
+            `test` is read or the only one; or `NAME=SOURCE`, to call it something else than its last part:
+            `aime24=/data/aime-2024.parquet`.
+        setting: What error messages call the source.
+
+    Raises:
+        ValueError: if it cannot be loaded or has other columns, no rows, or a row without prompt or solution.
+    """
+    name, _, path = source.partition("=") if "=" in source and not os.path.exists(source) else (source, "", source)
+    name = os.path.splitext(os.path.basename(name.rstrip("/")))[0]
+    splits = load_splits(AIME.get(path, path), setting=setting)
+    split = "test" if "test" in splits else next(iter(splits))
+    if len(splits) > 1 and split != "test":
+        raise ValueError(
+            f"{setting}: '{path}' has the splits {', '.join(splits)}, but no 'test'. Give one file of it."
+        )
+    dataset = splits[split]
+    columns = set(dataset.column_names)
+    if is_dapo(dataset.column_names):
+        dataset = from_dapo(dataset)
+    elif not {"prompt", "solution"} <= columns:
+        if not {"problem", "answer"} <= columns:
+            raise ValueError(
+                f"{setting}: '{path}' has the columns {', '.join(dataset.column_names)}. Problems need 'prompt' and "
+                "'solution', 'problem' and 'answer', or the columns of DAPO-Math-17k."
+            )
+        prompts = [dapo_prompt(problem) if problem else None for problem in dataset["problem"]]
+        dataset = Dataset.from_dict({"prompt": prompts, "solution": dataset["answer"][:]})
+    if len(dataset) == 0:
+        raise ValueError(f"{setting}: '{path}' holds no problem.")
+    solutions = [str(answer) if isinstance(answer, int) else answer for answer in dataset["solution"]]
+    for row, (prompt, solution) in enumerate(zip(dataset["prompt"], solutions, strict=True)):
+        if not prompt or not isinstance(solution, str):
+            raise ValueError(
+                f"{setting}: row {row} of '{path}' (the first is 0) has prompt {prompt!r:.80} and solution "
+                f"{solution!r:.80}. Both must be there, the solution as text."
+            )
+    return name, dataset.remove_columns("solution").add_column("solution", solutions)
 
 
 def is_dapo(columns: list[str] | None) -> bool:

@@ -99,11 +99,16 @@ def exact_answer(prompts: list[str], completions: list[str], **kwargs) -> list[f
     Raises:
         ValueError: a prompt is not a problem. No completion raises.
     """
-    rewards = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        _, marker, answer = completion.rpartition("A:")
-        rewards.append(float(marker == "A:" and answer == correct_answer(prompt)))
-    return rewards
+    return [
+        float(predicted_answer(completion) == correct_answer(prompt))
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+
+
+def predicted_answer(completion: str) -> str | None:
+    """The text after the last `A:`, whatever it is; `None` where there is no `A:`."""
+    _, marker, answer = completion.rpartition("A:")
+    return answer if marker else None
 
 
 def count_checks(completion: str) -> int | None:

@@ -37,13 +37,16 @@ from trl import (
     get_quantization_config,
     rewards,
 )
+from trl.data_utils import is_conversational
 from trl.scripts import vllm_serve
 from trl.scripts.grpo import GRPOScriptArguments
 
 from fipo_trl import DAPOTrainer, FIPOConfig, FIPOTrainer
 from fipo_trl import rewards as dapo_rewards
-from fipo_trl.data import from_dapo, is_dapo, load_splits
+from fipo_trl.data import from_dapo, is_dapo, load_problems, load_splits
 from fipo_trl.doctor import refuse_impossible
+from fipo_trl.evaluation import score
+from fipo_trl.evaluation_callback import EvaluationCallback, check_evaluation
 
 
 INTERRUPTED = 130  # exit status of a run that was stopped by a signal, after it saved a checkpoint
@@ -74,6 +77,20 @@ class FIPOScriptArguments(GRPOScriptArguments):
             "help": "Tokens before max_completion_length over which the reward 'overlong_penalty' falls from 0 to -1. "
             "Default: a fifth of it, as in DAPO."
         },
+    )
+    eval_problems: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Problems to evaluate on before the first update, every eval_steps updates and after the last, "
+            "beside TRL's own evaluation (eval_strategy): aime24, aime25, a folder, file or Hub id, or NAME=SOURCE."
+        },
+    )
+    eval_samples: int = field(default=32, metadata={"help": "Samples per problem of eval_problems: n of avg@n."})
+    eval_temperature: float = field(default=1.0, metadata={"help": "Temperature of these samples."})
+    eval_top_p: float = field(default=0.7, metadata={"help": "Top-p of these samples; the paper trains at 1.0."})
+    eval_reward: str = field(
+        default="dapo_accuracy",
+        metadata={"help": "Reward function, named as in reward_funcs, that gives 1 where an answer is right, or 0."},
     )
 
 
@@ -145,6 +162,11 @@ def parse(arguments: list[str] | None = None) -> tuple:
     lora = sorted(name for name in recipe.keys() | given if name.startswith("lora_"))
     if lora and not parsed[2].use_peft:
         raise ValueError(f"'{lora[0]}' does nothing without use_peft: true. Set that, or remove it.")
+    of_problems = {"eval_samples", "eval_temperature", "eval_top_p", "eval_reward"} & (recipe.keys() | given)
+    if of_problems and not parsed[0].eval_problems:
+        raise ValueError(f"'{min(of_problems)}' does nothing without eval_problems. Set that, or remove it.")
+    if parsed[0].eval_problems:
+        check_evaluation(parsed[1].eval_steps, *sampling_of(parsed[0]))
     return tuple(parsed)
 
 
@@ -185,34 +207,77 @@ def load_rewards(script_args: FIPOScriptArguments, training_args: FIPOConfig) ->
     """The reward functions named in the recipe: names in `fipo_trl.rewards` or `trl.rewards`, paths, or a model."""
     functions = [script_args.reward_model_name_or_path] if script_args.reward_model_name_or_path else []
     for name in script_args.reward_funcs or []:
-        module_path, _, attribute = name.rpartition(".")
         if name in OVERLONG_PENALTIES:
             length, buffer = training_args.max_completion_length, script_args.overlong_buffer
             # By default the last fifth is penalised, as in DAPO (4,096 of 20,480 tokens)
             functions.append(dapo_rewards.overlong_penalty(length, length // 5 if buffer is None else buffer))
             continue
-        if module_path and os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        try:
-            if module_path:
-                module = importlib.import_module(module_path)
-            else:
-                module = dapo_rewards if hasattr(dapo_rewards, name) else rewards
-            function = getattr(module, attribute)
-            if not callable(function):
-                raise AttributeError(f"it is a {type(function).__name__}, not a function")
-            functions.append(function)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(
-                f"reward_funcs: cannot load '{name}' ({error}). Give a name in fipo_trl.rewards (dapo_reward, "
-                "dapo_accuracy, overlong_penalty) or trl.rewards (accuracy_reward, reasoning_accuracy_reward, "
-                "think_format_reward), or an import path such as my_package.my_module.my_reward."
-            ) from error
+        functions.append(load_reward(name))
     if script_args.overlong_buffer is not None and not set(OVERLONG_PENALTIES) & set(script_args.reward_funcs or []):
         raise ValueError("overlong_buffer does nothing without the reward overlong_penalty. Add it to reward_funcs.")
     if not functions:
         raise ValueError("reward_funcs is not set: name at least one reward function.")
     return functions
+
+
+def load_reward(name: str, setting: str = "reward_funcs"):
+    """The reward function of a name in `fipo_trl.rewards` or `trl.rewards`, or of an import path."""
+    module_path, _, attribute = name.rpartition(".")
+    if module_path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        if module_path:
+            module = importlib.import_module(module_path)
+        else:
+            module = dapo_rewards if hasattr(dapo_rewards, name) else rewards
+        function = getattr(module, attribute)
+        if not callable(function):
+            raise AttributeError(f"it is a {type(function).__name__}, not a function")
+        return function
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{setting}: cannot load '{name}' ({error}). Give a name in fipo_trl.rewards (dapo_reward, "
+            "dapo_accuracy, overlong_penalty) or trl.rewards (accuracy_reward, reasoning_accuracy_reward, "
+            "think_format_reward), or an import path such as my_package.my_module.my_reward."
+        ) from error
+
+
+def sampling_of(script_args: FIPOScriptArguments) -> tuple[int, float, float]:
+    """How the problems of `eval_problems` are sampled: n, temperature and top-p."""
+    return script_args.eval_samples, script_args.eval_temperature, script_args.eval_top_p
+
+
+def load_evaluation(sources: list[str], reward: str, settings=("eval_problems", "eval_reward")) -> tuple:
+    """What to evaluate on and by.
+
+    Args:
+        sources: Of problems, as `fipo_trl.data.load_problems` reads them.
+        reward: Of `load_reward`.
+        settings: What error messages call the two.
+
+    Returns:
+        `{name: dataset}` and the reward function.
+
+    Raises:
+        ValueError: if one cannot be loaded, or they do not fit each other.
+    """
+    accuracy = load_reward(reward, settings[1])
+    problems = {}
+    for source in sources:
+        name, dataset = load_problems(source, settings[0])
+        if name in problems:
+            raise ValueError(f"{settings[0]}: two sources are called '{name}'. Rename one with NAME=SOURCE.")
+        for column in columns_read_by([accuracy]):
+            if column not in dataset.column_names:
+                raise ValueError(
+                    f"{settings[0]}: '{source}' has no column '{column}', which {reward} reads, only "
+                    f"{', '.join(dataset.column_names)}."
+                )
+        row = {column: [value] for column, value in dataset[0].items()}
+        nothing = [{"role": "assistant", "content": ""}] if is_conversational(dataset[0]) else ""
+        score(accuracy, row.pop("prompt"), [nothing], completion_ids=[[]], **row)  # refuses other values than 0 and 1
+        problems[name] = dataset
+    return problems, accuracy
 
 
 def load_data(
@@ -410,10 +475,17 @@ def build_trainer(script_args, training_args, model_args, mixture) -> tuple[DAPO
     try:
         checkpoint = find_checkpoint(training_args)
         trainer_arguments = prepare(script_args, training_args, model_args, mixture)
+        evaluation = load_evaluation(script_args.eval_problems or [], script_args.eval_reward)
     except ValueError as error:
         sys.exit(f"error: {error}")
     trainer_class = {"fipo": FIPOTrainer, "grpo": DAPOTrainer}[script_args.trainer]
-    return trainer_class(**trainer_arguments), checkpoint
+    trainer = trainer_class(**trainer_arguments)
+    if script_args.eval_problems:
+        try:
+            trainer.add_callback(EvaluationCallback(trainer, *evaluation, *sampling_of(script_args)))
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+    return trainer, checkpoint
 
 
 def train(trainer: DAPOTrainer, checkpoint: str | None, dataset_name: str | None = None) -> bool:

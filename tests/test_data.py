@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from fipo_trl import data
-from fipo_trl.data import dapo_prompt, first_of_equals, from_dapo, is_dapo, load_splits
+from fipo_trl.data import dapo_prompt, first_of_equals, from_dapo, is_dapo, load_problems, load_splits
 
 
 ROOT = Path(__file__).parent.parent
@@ -293,3 +293,44 @@ def test_overlong_penalty_takes_its_buffer_from_the_recipe(tmp_path):
         _, penalty = load_rewards(script_args, args)
         # 128 tokens at most; a fifth of them is 25
         assert penalty(completion_ids=[[0] * 64, [0] * 102, [0] * 128]) == expected
+
+
+AIME_ROWS = {"problem": ["1 + 1?", "2 + 2?"], "answer": [2, 4]}
+
+
+def test_problems_to_evaluate_on_come_in_three_schemas(tmp_path):
+    Dataset.from_dict(AIME_ROWS).to_json(tmp_path / "a=b.jsonl")
+    name, problems = load_problems(str(tmp_path / "a=b.jsonl"))  # a path that is there is no NAME=SOURCE
+    assert name == "a=b"
+    assert problems.to_list()[1] == {"prompt": dapo_prompt("2 + 2?"), "solution": "4"}
+
+    rows = [{"prompt": dapo_prompt("1?"), "reward_model": {"ground_truth": "1"}, "extra_info": i} for i in range(32)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "aime-2024.parquet")
+    name, problems = load_problems(f"aime24={tmp_path / 'aime-2024.parquet'}")
+    assert (name, problems.to_list()) == ("aime24", [{"prompt": dapo_prompt("1?"), "solution": "1"}])
+
+    name, problems = load_problems("recipes/tiny/data/")
+    assert (name, len(problems)) == ("data", 200)  # the split 'test'
+    assert problems.column_names == ["prompt", "solution"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"question": ["1?"], "answer": [1]}, "has the columns question, answer. Problems need 'prompt' and"),
+        ({"prompt": ["1?", None], "solution": ["1", "2"]}, r"row 1 of .* has prompt None and solution '2'"),
+        ({"prompt": ["1?"], "solution": [0.5]}, r"row 0 of .* has prompt '1\?' and solution 0\.5.*as text"),
+        ({"problem": [""], "answer": [1]}, "row 0 of .* has prompt None"),
+    ],
+)
+def test_problems_that_cannot_be_asked_are_refused(tmp_path, columns, message):
+    Dataset.from_dict(columns).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=rf"^eval_problems: .*{message}"):
+        load_problems(str(tmp_path / "x.parquet"), "eval_problems")
+
+
+def test_several_splits_need_one_called_test(tmp_path):
+    for split in ("train", "validation"):
+        Dataset.from_dict(AIME_ROWS).to_json(tmp_path / f"{split}.jsonl")
+    with pytest.raises(ValueError, match=r"has the splits train, validation, but no 'test'\. Give one file"):
+        load_problems(str(tmp_path))

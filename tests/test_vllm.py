@@ -56,6 +56,7 @@ def test_trained_weights_reach_the_engine_as_trl_starts_it(results):
 def test_greedy_completions_agree(results, case):
     greedy = results[case]["greedy"]
     assert greedy["engine"] == greedy["trainer"]
+    assert greedy["evaluation"] == greedy["trainer"]
     assert len(greedy["engine"]) == 100
     assert len(set(map(tuple, greedy["engine"]))) > 1
 

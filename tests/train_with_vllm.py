@@ -22,6 +22,7 @@ from vllm import SamplingParams
 from vllm.model_executor.layers import utils
 
 from fipo_trl import FIPOTrainer
+from fipo_trl.evaluation_callback import EvaluationCallback
 
 
 CASES = {  # learning rates so large that the policy is another after each generation
@@ -49,8 +50,10 @@ class CutTheSync(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == (SYNCED - 1) * args.updates_per_generation:
+            evaluated = greedy_evaluation(self.trainer)  # which must bring the weights to the engine itself
             self.trainer.vllm_generation.sync_weights()
-            self.greedy = {"engine": greedy_engine(self.trainer), "trainer": greedy_trainer(self.trainer)}
+            engine, trainer = greedy_engine(self.trainer), greedy_trainer(self.trainer)
+            self.greedy = {"engine": engine, "trainer": trainer, "evaluation": evaluated}
             self.trainer.vllm_generation.sync_weights = lambda: None
 
 
@@ -60,6 +63,19 @@ def greedy_engine(trainer) -> list[list[int]]:
         prompts, SamplingParams(temperature=0.0, max_tokens=trainer.max_completion_length), use_tqdm=False
     )
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def greedy_evaluation(trainer) -> list[list[int]]:
+    """What EvaluationCallback samples where top-p leaves nothing to chance."""
+    sampled = []
+
+    def record(completion_ids, **kwargs):
+        sampled.extend(completion_ids)
+        return [0.0] * len(completion_ids)
+
+    problems = {"x": Dataset.from_dict({"prompt": PROMPTS})}
+    EvaluationCallback(trainer, problems, record, n=1, top_p=1e-6).evaluate("x")
+    return sampled
 
 
 @torch.no_grad()
@@ -84,6 +100,7 @@ def make_vllm_trainer(base: Path, folder: Path, peft_config=None, **settings) ->
             vllm_max_model_length=64,
             per_device_train_batch_size=8,
             max_steps=8 * (SYNCED + 1),
+            eval_steps=8,
             **settings,
         ),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
