@@ -261,16 +261,19 @@ def page(table: pa.Table, settings: dict, title: str) -> str:
     histogram, _ = np.histogram(np.log(weights), bins=BINS, range=(math.log(low), math.log(high)))
     summary = {
         "title": title,
-        "settings": settings,
+        "settings": {name: value if _in_json(value) else str(value) for name, value in settings.items()},
         "tokens": len(states),
         "low": low,
         "high": high,
         "histogram": histogram.tolist(),
-        "active": float(np.mean(np.abs(weights - 1) > ACTIVE_DISTANCE)) if len(weights) else 0.0,
-        "states": [int(np.count_nonzero(states & flag)) for flag in TokenState],
+        "scored": len(weights),
+        "active": np.count_nonzero(np.abs(weights - 1) > ACTIVE_DISTANCE),
+        "at_min": np.count_nonzero(weights <= np.float32(settings["influence_weight_min"])),
+        "at_max": np.count_nonzero(weights >= np.float32(settings["influence_weight_max"])),
+        "states": [np.count_nonzero(states & flag) for flag in TokenState],
         "completions": [row.summary() for row in rows],
     }
-    blocks = [json.dumps(summary).encode(), *(row.block() for row in rows)]
+    blocks = [json.dumps(summary, default=int, allow_nan=False).encode(), *(row.block() for row in rows)]
     template = resources.files("fipo_trl").joinpath("token_credit.html").read_text(encoding="utf-8")
     values = {
         "title": html.escape(title),
@@ -283,6 +286,11 @@ def page(table: pa.Table, settings: dict, title: str) -> str:
         (source,) = re.findall(f"<{kind}>(.*?)</{kind}>", template, flags=re.DOTALL)
         values[f"{kind}_hash"] = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
+
+
+def _in_json(value) -> bool:
+    """JSON has neither NaN, the reward of what no function scored, nor inf, a half-life without discount."""
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 class Completion:
@@ -302,7 +310,7 @@ class Completion:
     def summary(self) -> dict:
         return {
             "prompt": self.prompt,
-            "reward": self.reward if math.isfinite(self.reward) else None,  # JSON has no NaN
+            "reward": self.reward if _in_json(self.reward) else None,
             "advantage": self.advantage,
             "length": len(self.tokens),
             "weight": float(self.weight[self.scored].mean()) if self.scored.any() else 1.0,

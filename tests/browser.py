@@ -98,7 +98,7 @@ class Browser:
         began = time.monotonic()
         self.events.clear()
         self.call("Page.navigate", url=path.resolve().as_uri())
-        self.wait("document.querySelector('.t') !== null", timeout)
+        self.wait("document.querySelector('.tokens .t') !== null", timeout)
         return time.monotonic() - began
 
     def point_at(self, expression):
