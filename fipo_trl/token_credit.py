@@ -6,7 +6,7 @@ completions are seen with the weights that the loss applied to them. It is a par
     prompt              string
     tokens              list of string: joined, they are the completion; "" for a token that begins a character only
     completion_ids      list of int32
-    reward, advantage   float32; the reward is the weighted sum over the reward functions, NaN without any
+    reward, advantage   float32; the reward is the weighted sum over the reward functions, NaN if unknown
     weight              list of float32: f
     future_kl           list of float32: F, nats
     log_ratio           list of float32: d = log pi_theta - log pi_old, nats, clamped as for F
@@ -96,7 +96,8 @@ class TokenCreditTracer:
         Args:
             micro_step: micro-batches used before this one, since training began.
             update: number of the optimizer update at hand, from 1.
-            inputs: TRL's, with `rewards` (B,) and the advantages (B,) before they are weighted.
+            inputs: TRL's, with the advantages (B,) before they are weighted, and `rewards` (B,). These are missing
+                where the generation was begun without traces, and the run resumed with them.
             log_ratio: (B, T).
             influence: of these inputs.
         """
@@ -142,7 +143,7 @@ class TokenCreditTracer:
             "prompt": "".join(token_texts(self.tokenizer, prompt_ids)),
             "tokens": token_texts(self.tokenizer, completion_ids),
             "completion_ids": completion_ids,
-            "reward": inputs["rewards"][row].item(),
+            "reward": inputs["rewards"][row].item() if "rewards" in inputs else math.nan,
             "advantage": advantage,
             "weight": influence.weights[row, :length].float().cpu().numpy(),
             "future_kl": influence.future_kl[row, :length].float().cpu().numpy(),
