@@ -42,8 +42,8 @@ from fipo_trl.influence import ACTIVE_DISTANCE, LOG_RATIO_LIMIT, InfluenceWeight
 FOLDER = "token_credit"  # in the output directory of the run
 METADATA = b"fipo_token_credit"  # the key of the settings in the parquet file
 MAX_COMPLETIONS = 64  # per trace: 64 completions of 20,480 tokens are 22 MB before compression, and their text
-WINDOW = 12  # tokens decoded at a time
-CHARACTER = 4  # tokens that one character can take: UTF-8 has at most 4 bytes
+WINDOW = 8  # tokens decoded together, at least
+PATIENCE = 16  # tokens that a character may take; UTF-8 has at most 4 bytes
 BINS = 48  # of the histogram
 FLOATS = pa.list_(pa.float32())
 SCHEMA = pa.schema(
@@ -161,24 +161,28 @@ class TokenCreditTracer:
 def token_texts(tokenizer, ids: list[int]) -> list[str]:
     """The text that each token adds. Joined, they are what the tokenizer makes of all.
 
-    A token alone may be a part of a character, or lose the space before it. So each is decoded with those before it,
-    in a short window. A part of a character shows as U+FFFD at the end: its text goes to the token that completes it.
+    A token alone may be a part of a character, or lose the space before it. So each is decoded with some before it. A
+    result that ends in U+FFFD may end within a character, whose text then goes to the token that completes it. More
+    than `PATIENCE` such tokens in a row are no text, and given as they are.
     """
 
     def decode(ids):
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text.encode(errors="replace").decode()  # surrogates, of which there is no UTF-8
+        return text.encode(errors="replace").decode()  # a surrogate has no UTF-8
 
     texts = []
-    start, given = 0, 0  # of the window; characters of its text already given to a token
+    start = given = 0  # of the window; characters of its text that have been given to a token
+    waiting = 0  # the first token whose text has not been given
     for i in range(len(ids)):
-        if i - start == WINDOW:
-            start = i - CHARACTER
-            given = len(decode(ids[start:i]).removesuffix("\ufffd"))
         text = decode(ids[start : i + 1])
-        whole = text if i == len(ids) - 1 else text.removesuffix("\ufffd")
-        texts.append(whole[given:])
-        given = len(whole)
+        if text.endswith("\ufffd") and i - waiting < PATIENCE and i + 1 < len(ids):
+            texts.append("")
+            continue
+        texts.append(text[given:])
+        given = len(text)
+        if i - start >= WINDOW:
+            start, given = waiting, len(decode(ids[waiting : i + 1]))
+        waiting = i + 1
     return texts
 
 
@@ -208,11 +212,12 @@ def read_trace(run: str | Path, step: int | None = None) -> tuple[pa.Table, dict
     """
     if not Path(run).is_dir():
         raise ValueError(f"{run}: there is no such folder. Give the output_dir of a training run.")
-    steps = sorted(int(path.stem.split("_")[1]) for path in Path(run, FOLDER).glob("step_*.parquet"))
+    names = (re.fullmatch(r"step_(\d{6,})\.parquet", path.name) for path in Path(run, FOLDER).glob("*"))
+    steps = sorted(int(name[1]) for name in names if name)
     if not steps:
         raise ValueError(
-            f"{run} holds no traces. Train with token_credit_every: 10; the first is written at the end of the tenth "
-            "generation."
+            f"{run} holds no traces ({FOLDER}/step_*.parquet). Give the output_dir of a run that was trained with "
+            "token_credit_every, such as 10: the first trace is written at the end of the tenth generation."
         )
     if step is not None and step not in steps:
         raise ValueError(f"{run} holds no trace of step {step}, only of {', '.join(map(str, steps))}.")
@@ -228,9 +233,7 @@ def read_trace(run: str | Path, step: int | None = None) -> tuple[pa.Table, dict
             f"another --step of {', '.join(map(str, steps))}."
         ) from error
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is no token credit trace of this version of fipo_trl. Give another --step."
-        ) from error
+        raise ValueError(f"{path} is no trace of this version of fipo_trl. Give another --step.") from error
     return table, settings
 
 
