@@ -13,7 +13,17 @@ import torch
 from browser import CHROMIUM, Browser
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import fixed_rollouts, generate, last_update, longer_is_better, make_args, make_trainer, token_logps
+from tiny import (
+    distance,
+    fixed_rollouts,
+    generate,
+    last_update,
+    longer_is_better,
+    make_args,
+    make_trainer,
+    parameters,
+    token_logps,
+)
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
@@ -222,6 +232,15 @@ def test_traces_that_begin_within_a_generation_know_no_reward(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert all(map(math.isnan, read_trace(tmp_path)[0]["reward"].to_pylist()))
     write_page(tmp_path)
+
+
+def test_traces_change_nothing(tmp_path):
+    settings = {"max_steps": 12, "gradient_accumulation_steps": 2, "steps_per_generation": 8}
+    without, traced = make_trainer(tmp_path, **settings), make_trainer(tmp_path, token_credit_every=1, **settings)
+    for trainer in (without, traced):
+        trainer.train()
+    assert len(list(trace_path(tmp_path, 4).parent.iterdir())) == 3
+    assert distance(parameters(without), parameters(traced)) == 0.0
 
 
 @pytest.mark.parametrize("every", [None, 0])
