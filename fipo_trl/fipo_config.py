@@ -70,6 +70,13 @@ class FIPOConfig(GRPOConfig):
             update is the same up to rounding. Where the loss depends on which completions share a micro-batch, they
             are cut only; batches with images are left alone. The reason is logged.
 
+        > Parameters of monitoring
+
+        token_credit_every (`int`, *optional*):
+            Every so many generations, store the weights, Future-KL and log-ratios of the tokens of up to 64
+            completions under `output_dir/token_credit`, for scripts/token_credit.py to show. `None` or 0 stores
+            nothing.
+
         > Inherited parameters with another default
 
         loss_type (`str`, *optional*, defaults to `"dapo"`):
@@ -156,6 +163,13 @@ class FIPOConfig(GRPOConfig):
             "the same update, without the padding."
         },
     )
+    token_credit_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Every so many generations, store the weights, Future-KL and log-ratios of the tokens of up to 64 "
+            "completions under output_dir/token_credit, for scripts/token_credit.py to show. None or 0: never."
+        },
+    )
 
     loss_type: str = field(
         default="dapo",
@@ -205,7 +219,7 @@ class FIPOConfig(GRPOConfig):
 
         Returns:
             The new configuration (`args` is not touched), and a dict of the values adopted, `{name: value}`, without
-            those of dynamic sampling, which stays off.
+            those of dynamic sampling and token credit, which stay off.
 
         Raises:
             ValueError: if the result is not a valid `FIPOConfig`.
@@ -225,7 +239,9 @@ class FIPOConfig(GRPOConfig):
         config.__dict__.update(adopted)
         config.lr_scheduler_type = SchedulerType(config.lr_scheduler_type)
         config._check()
-        return config, {name: value for name, value in adopted.items() if not name.startswith("dynamic_sampling")}
+        return config, {
+            name: value for name, value in adopted.items() if not name.startswith(("dynamic_sampling", "token_credit"))
+        }
 
     @property
     def updates_per_generation(self) -> float:
@@ -273,6 +289,7 @@ class FIPOConfig(GRPOConfig):
                 "32B run) or 3.0 (7B)."
             )
         self._check_dynamic_sampling()
+        self._check_token_credit()
         if self.lr_scheduler_type == SchedulerType.CONSTANT and self.warmup_steps > 0:
             raise ValueError(
                 f"lr_scheduler_type='constant' ignores warmup_steps={self.warmup_steps:g}. Set "
@@ -333,4 +350,18 @@ class FIPOConfig(GRPOConfig):
             raise ValueError(
                 f"dynamic_sampling_max_rounds={self.dynamic_sampling_max_rounds} must be at least 1. Set 10 (the "
                 "paper's)."
+            )
+
+    def _check_token_credit(self):
+        every = self.token_credit_every or 0
+        if every < 0:
+            raise ValueError(
+                f"token_credit_every={every} must be a number of generations, at least 1. Set 10, or remove it."
+            )
+        if 0 < self.max_steps < every * self.updates_per_generation:
+            warnings.warn(
+                f"token_credit_every={every} will store nothing: max_steps={self.max_steps} updates, "
+                f"{self.updates_per_generation:g} per generation, end before generation {every}. Lower the one or "
+                "raise the other.",
+                stacklevel=4,
             )

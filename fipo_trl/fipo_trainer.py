@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 
 from fipo_trl.dapo_trainer import DAPOTrainer
 from fipo_trl.influence import InfluenceStatistics, influence_weights
+from fipo_trl.token_credit import TokenCreditTracer
 
 
 logger = get_logger(__name__)
@@ -70,6 +71,23 @@ class FIPOTrainer(DAPOTrainer):
         self._update_statistics = []  # one (len(InfluenceStatistics),) tensor per micro-batch of this update
         self._inert_updates = 0  # updates in a row in which FIPO equalled DAPO
         super().__init__(*args, **kwargs)
+        self._token_credit = TokenCreditTracer(self.args, self._tokenizer) if self.args.token_credit_every else None
+
+    def _generate_and_score_completions(self, inputs):
+        outputs = super()._generate_and_score_completions(inputs)
+        if self._token_credit is not None and self.model.training:
+            outputs["rewards"] = self._rewards(len(outputs["advantages"])).to(outputs["advantages"].device)
+        return outputs
+
+    def _rewards(self, rows: int) -> torch.Tensor:
+        """Weighted rewards (B,) of the completions just generated, NaN where no function gave one.
+
+        TRL keeps them for its own table, those of all processes in order, and hands on the advantages alone.
+        """
+        by_function = torch.tensor([list(self._logs["rewards"][name]) for name in self.reward_func_names])
+        rewards = (by_function * self.reward_weights.cpu().unsqueeze(1)).nansum(dim=0)
+        rewards[by_function.isnan().all(dim=0)] = torch.nan
+        return rewards[self.accelerator.process_index * rows :][:rows]
 
     # The loss
 
@@ -104,9 +122,10 @@ class FIPOTrainer(DAPOTrainer):
         old_per_token_logps = inputs.get("old_per_token_logps")
         if old_per_token_logps is None:  # TRL omits them where the policy is still the one that generated
             old_per_token_logps = per_token_logps
+        log_ratio = per_token_logps - old_per_token_logps
         advantages = inputs["advantages"]
         influence = influence_weights(
-            per_token_logps - old_per_token_logps,
+            log_ratio,
             advantages,
             mask,
             half_life=self.args.future_kl_half_life,
@@ -115,6 +134,8 @@ class FIPOTrainer(DAPOTrainer):
             dual_clip=self.args.delta,
             safety_ratio=self.args.influence_safety_ratio,
         )
+        if self._token_credit is not None:
+            self._token_credit.record(self._step, self.state.global_step + 1, inputs, log_ratio, influence)
         if advantages.dim() == 1:
             advantages = advantages.unsqueeze(1)
         weighted = advantages * influence.weights

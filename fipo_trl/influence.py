@@ -50,6 +50,9 @@ class InfluenceWeights:
     weights: Tensor  # (B, T) f, the factor on each token's advantage
     future_kl: Tensor  # (B, T) F
     kept: Tensor  # (B,) bool, False where the sequence leaves the loss
+    masked: Tensor  # (B, T) bool, r > c: takes no part in Future-KL
+    safety_capped: Tensor  # (B, T) bool, A < 0 and r > s
+    dual_clipped: Tensor  # (B, T) bool, A < 0 and r > c
     statistics: InfluenceStatistics
 
 
@@ -127,4 +130,12 @@ def influence_weights(
         weight_min=weights.masked_fill(~scored, torch.inf).amin(),
         weight_max=weights.masked_fill(~scored, -torch.inf).amax(),
     )
-    return InfluenceWeights(weights=weights, future_kl=kl, kept=kept, statistics=statistics)
+    return InfluenceWeights(
+        weights=weights,
+        future_kl=kl,
+        kept=kept,
+        masked=too_far,
+        safety_capped=safety_capped,
+        dual_clipped=dual_clipped,
+        statistics=statistics,
+    )

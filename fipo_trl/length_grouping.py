@@ -25,7 +25,7 @@ COMPLETION_KEYS = {  # (B, T), padded on the right; the ratio is (B, 1) if it is
     "sampling_per_token_logps",
     "importance_sampling_ratio",
 }
-ROW_KEYS = {"advantages"}  # (B,)
+ROW_KEYS = {"advantages", "rewards"}  # (B,)
 BATCH_KEYS = {"num_items_in_batch"}  # of the whole generation, no matter the row
 
 Batch = dict[str, Tensor | None]
