@@ -47,7 +47,11 @@ quickstart: $(INSTALLED)
 quickstart-vllm: $(INSTALLED)
 	@$(ENV) VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python scripts/quickstart.py --config recipes/tiny/fipo_vllm.yaml --output_dir outputs/quickstart-vllm
 
+# The page of scripts/token_credit.py is tested in a real browser
 test: $(INSTALLED)
+	@command -v chromium chromium-browser google-chrome >/dev/null \
+		|| { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } >/dev/null 2>&1 \
+		|| echo "No Chromium, and no way to install it: tests of the token credit page will be skipped"
 	@$(ENV) $(BIN)/python -m pytest -n 2
 
 lint: $(INSTALLED)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
+from tiny import make_model
 from transformers import AutoTokenizer
 
 from fipo_trl import data
@@ -247,6 +248,7 @@ def recipe(path, tmp_path, *arguments):
 
 def test_the_script_builds_the_trainers_dataset(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "model")
+    make_model().config.save_pretrained(tmp_path / "model")
     path = write(tmp_path / "data.parquet", [row("abc", "7"), row("abcdefgh", "8")] * 16)
     model = ["--model_name_or_path", tmp_path / "model"]
     kept = prepare(*recipe(path, tmp_path, *model, "--max_prompt_length", 6))["train_dataset"]

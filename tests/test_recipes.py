@@ -197,7 +197,7 @@ def test_values_in_the_file_are_those_of_the_table(column, path):
 
 METHOD = {"trainer", "output_dir"}
 METHOD |= {"future_kl_half_life", "influence_weight_min", "influence_weight_max", "influence_safety_ratio"}
-BATCH = {"gradient_accumulation_steps", "max_steps", "warmup_steps", "save_steps"}  # 16 updates, not 8
+BATCH = {"gradient_accumulation_steps", "max_steps", "warmup_steps", "save_steps", "eval_steps"}  # 16 updates, not 8
 LENGTH = {
     "num_generations",
     "steps_per_generation",

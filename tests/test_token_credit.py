@@ -22,6 +22,7 @@ from tiny import (
     make_args,
     make_trainer,
     parameters,
+    right_for_some,
     token_logps,
 )
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -266,7 +267,9 @@ def test_only_the_first_process_writes(tmp_path):
     table, _ = read_trace(tmp_path / "run", step=4)
     assert len(table) == 4  # of 8 in the update
     for row in table.to_pylist():
-        assert row["reward"] == pytest.approx(*longer_is_better(["".join(row["tokens"]).removesuffix("<eos>")]))
+        completions = ["".join(row["tokens"]).removesuffix("<eos>")]
+        expected = longer_is_better(completions)[0] + right_for_some([row["prompt"]], completions)[0]
+        assert row["reward"] == pytest.approx(expected)
 
 
 def test_settings_are_checked(tmp_path):
