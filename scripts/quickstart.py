@@ -21,7 +21,7 @@ import transformers
 from make_tiny_base import sample
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
-from train_fipo import INTERRUPTED, build_trainer, parse, train
+from train_fipo import build_trainer, parse, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
@@ -168,8 +168,8 @@ def main():
         print("     rollouts, tokens/s: " + ", ".join(f"{name} {speed:,.0f}" for name, speed in speeds.items()))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar())
-    if not train(trainer, checkpoint, script_args.dataset_name):
-        sys.exit(INTERRUPTED)
+    if status := train(trainer, checkpoint, script_args.dataset_name, script_args.on_collapse):
+        sys.exit(status)
 
     print("3/3  The trained model, on the same problems ...")
     trained = evaluate(trainer.model, tokenizer, problems)
