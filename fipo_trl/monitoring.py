@@ -39,7 +39,7 @@ POLICY_KL_SPIKE = 0.05  # nats per token; PPO implementations that stop early on
 GRAD_NORM_SPIKE = 3.0  # times the median of the rows before
 PATIENCE = 20  # rows after a spike of dual clips in which the rest of the signature must follow
 HISTORY = 100  # rows before it that say what is usual
-SIGNATURE = ("fipo/dual_clip_fraction", "fipo/policy_kl", "grad_norm")  # in the order in which they spike
+SIGNATURE = ("policy/dual_clip_fraction", "policy/kl", "grad_norm")  # in the order in which they spike
 MEAN_LENGTH = "completions/mean_length"
 
 

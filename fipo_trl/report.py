@@ -61,7 +61,7 @@ FIGURES = {
     "stability": Panels(
         "Stability (figure 5)",
         "How far updates move the policy from the one that generated, and how sure of itself it is.",
-        {"fipo/policy_kl": "policy KL, nats", "grad_norm": "gradient norm", "entropy": "entropy, nats"},
+        {"policy/kl": "policy KL, nats", "grad_norm": "gradient norm", "entropy": "entropy, nats"},
     ),
     "influence": Panels(
         "Influence weights and clipping (figures 9 and 11)",
@@ -70,7 +70,7 @@ FIGURES = {
             "fipo/influence_weight/mean": "influence weight",
             "fipo/influence_weight/low_clip_fraction": "weights at the lower bound",
             "fipo/influence_weight/high_clip_fraction": "weights at the upper bound",
-            "fipo/dual_clip_fraction": "dual-clipped tokens",
+            "policy/dual_clip_fraction": "dual-clipped tokens",
             "clip_ratio/region_mean": "clipped tokens",
         },
     ),
@@ -83,8 +83,8 @@ FIGURES = {
         "A collapse",
         "The paper's signature, in its order. Dotted: where the alarm fires.",
         {
-            "fipo/dual_clip_fraction": "dual-clipped tokens",
-            "fipo/policy_kl": "policy KL, nats",
+            "policy/dual_clip_fraction": "dual-clipped tokens",
+            "policy/kl": "policy KL, nats",
             "grad_norm": "gradient norm",
             "completions/mean_length": "mean length, tokens",
         },

@@ -47,9 +47,9 @@ METRICS = {
     "fipo/active_fraction",
     "fipo/masked_fraction",
     "fipo/safety_fraction",
-    "fipo/dual_clip_fraction",
+    "policy/dual_clip_fraction",
     "fipo/dropped_sequence_fraction",
-    "fipo/policy_kl",
+    "policy/kl",
 }
 
 
@@ -295,9 +295,9 @@ def test_metrics_of_one_update(tmp_path):
         "fipo/active_fraction": ((weights - 1).abs() > 1e-4)[mask].double().mean(),
         "fipo/masked_fraction": (ratio > 10)[mask].double().mean(),
         "fipo/safety_fraction": ((ratio > 3) & negative)[mask].double().mean(),
-        "fipo/dual_clip_fraction": ((ratio > 10) & negative)[mask].double().mean(),
+        "policy/dual_clip_fraction": ((ratio > 10) & negative)[mask].double().mean(),
         "fipo/dropped_sequence_fraction": (~kept).double().mean(),
-        "fipo/policy_kl": -log_ratio[mask].mean(),
+        "policy/kl": -log_ratio[mask].mean(),
     }
     for name, value in expected.items():
         assert metrics[name][0] == pytest.approx(value.item(), rel=1e-5, abs=1e-6), name

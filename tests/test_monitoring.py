@@ -41,7 +41,9 @@ TINY_PATTERNS = TINY["derivation_pattern"], TINY["self_check_pattern"]
 # Metrics of a generation
 
 
-@pytest.mark.parametrize("accumulation, steps, iterations", [(1, 8, 1), (2, 16, 1), (3, 4, 2), (4, 2, 1), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("accumulation", "steps", "iterations"), [(1, 8, 1), (2, 16, 1), (3, 4, 2), (4, 2, 1), (1, 1, 1)]
+)
 def test_counters_equal_a_count_of_generations(tmp_path, accumulation, steps, iterations):
     args = make_args(
         tmp_path, gradient_accumulation_steps=accumulation, steps_per_generation=steps, num_iterations=iterations,
@@ -56,7 +58,7 @@ def test_counters_equal_a_count_of_generations(tmp_path, accumulation, steps, it
             assert counters(updates, args) == {"rollout_iteration": generations, "optimizer_update": updates}
 
 
-@pytest.mark.parametrize("tools, truncated", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(("tools", "truncated"), [(False, False), (True, False), (False, True)])
 def test_generation_metrics_equal_numpy(tools, truncated):
     generator = np.random.default_rng(0)
     rows, width = 37, 50
@@ -144,15 +146,18 @@ ANSWERS = [
 ]
 
 
-@pytest.mark.parametrize("answer, checks", ANSWERS)
+@pytest.mark.parametrize(("answer", "checks"), ANSWERS)
 def test_default_patterns(answer, checks):
     assert count_self_checks(answer, *DEFAULTS) == checks
-    assert BEHAVIOURS[behaviour(answer)] == {
-        None: "no_derivation",
-        0: "one_chain",
-        1: "one_self_check",
-        3: "several_self_checks",
-    }[checks]
+    assert (
+        BEHAVIOURS[behaviour(answer)]
+        == {
+            None: "no_derivation",
+            0: "one_chain",
+            1: "one_self_check",
+            3: "several_self_checks",
+        }[checks]
+    )
 
 
 def test_patterns_of_the_tiny_recipes_are_exact():
@@ -172,7 +177,9 @@ def test_patterns_of_the_tiny_recipes_are_exact():
         assert (recipe["derivation_pattern"], recipe["self_check_pattern"]) == TINY_PATTERNS
 
 
-@pytest.mark.parametrize("pattern, complaint", [("(", "not a regular expression"), ("a*", "matches the empty text")])
+@pytest.mark.parametrize(
+    ("pattern", "complaint"), [("(", "not a regular expression"), ("a*", "matches the empty text")]
+)
 @pytest.mark.parametrize("name", ["derivation_pattern", "self_check_pattern"])
 def test_bad_pattern_is_refused(tmp_path, name, pattern, complaint):
     with pytest.raises(ValueError, match=f"{name}=.*{complaint}"):
@@ -187,8 +194,8 @@ def healthy(count, start=0):
         {
             "loss": 0.0,
             "step": start + i + 1,
-            "fipo/dual_clip_fraction": 0.0,
-            "fipo/policy_kl": 0.001,
+            "policy/dual_clip_fraction": 0.0,
+            "policy/kl": 0.001,
             "grad_norm": 0.1 + i % 3 / 100,
             "completions/mean_length": 50.0,
         }
@@ -206,11 +213,11 @@ def changed(rows, changes):
     return rows
 
 
-DUAL, KL, NORM = {"fipo/dual_clip_fraction": 0.001}, {"fipo/policy_kl": 0.2}, {"grad_norm": 2.0}
+DUAL, KL, NORM = {"policy/dual_clip_fraction": 0.001}, {"policy/kl": 0.2}, {"grad_norm": 2.0}
 
 
 @pytest.mark.parametrize(
-    "changes, alarm",
+    ("changes", "alarm"),
     [
         ({}, None),
         ({30: DUAL}, None),
@@ -224,9 +231,9 @@ DUAL, KL, NORM = {"fipo/dual_clip_fraction": 0.001}, {"fipo/policy_kl": 0.2}, {"
         ({30: DUAL, 30 + PATIENCE - 1: KL | NORM}, 30 + PATIENCE - 1),
         ({30: DUAL, 30 + PATIENCE: KL | NORM}, None),
         ({30: DUAL | KL | {"grad_norm": float("nan")}}, 30),
-        ({30: DUAL | NORM | {"fipo/policy_kl": None}, 31: NORM}, None),  # a row that lacks a metric does not count
+        ({30: DUAL | NORM | {"policy/kl": None}, 31: NORM}, None),  # a row that lacks a metric does not count
         ({30: DUAL | KL | {"grad_norm": 0.11 * GRAD_NORM_SPIKE}}, None),  # a bound is not above itself
-        ({30: DUAL | NORM | {"fipo/policy_kl": POLICY_KL_SPIKE}}, None),
+        ({30: DUAL | NORM | {"policy/kl": POLICY_KL_SPIKE}}, None),
         ({0: DUAL | KL | NORM}, None),  # nothing before it says what is usual
     ],
 )
@@ -237,11 +244,11 @@ def test_signature(changes, alarm):
 
 
 def test_signature_where_dual_clips_are_usual():
-    rows = changed(healthy(HISTORY + 40), {place: DUAL | NORM for place in range(0, HISTORY + 40, 1)})
+    rows = changed(healthy(HISTORY + 40), dict.fromkeys(range(0, HISTORY + 40, 1), DUAL | NORM))
     rows = changed(rows, {place: {"grad_norm": 0.1} for place in range(0, HISTORY + 40, 2)})
-    rows[HISTORY + 20] |= KL | NORM | {"fipo/dual_clip_fraction": 0.009}
+    rows[HISTORY + 20] |= KL | NORM | {"policy/dual_clip_fraction": 0.009}
     assert first_alarm(rows) is None
-    rows[HISTORY + 20] |= {"fipo/dual_clip_fraction": 0.011, "grad_norm": 10.0}
+    rows[HISTORY + 20] |= {"policy/dual_clip_fraction": 0.011, "grad_norm": 10.0}
     assert first_alarm(rows).update == HISTORY + 21
 
 
@@ -302,7 +309,7 @@ def test_alarm_is_silent_on_a_gentle_run(tmp_path, caplog):
 def test_alarm_says_that_it_sees_nothing(tmp_path, caplog):
     trainer = make_trainer(tmp_path, GRPOTrainer, keywords={"callbacks": [CollapseAlarm()]}, max_steps=3)
     trainer.train()
-    assert caplog.text.count("CollapseAlarm is off, for fipo/dual_clip_fraction and fipo/policy_kl is not logged") == 1
+    assert caplog.text.count("CollapseAlarm is off, for policy/dual_clip_fraction and policy/kl is not logged") == 1
 
 
 def test_bad_on_collapse_is_refused():
@@ -316,33 +323,42 @@ def test_control_arm_logs_the_same_policy_metrics(tmp_path):
     settings |= {"drop_dual_clipped_sequences": False}
     logs = []
     for trainer_class in (FIPOTrainer, DAPOTrainer):
-        trainer = make_trainer(
-            tmp_path, trainer_class, keywords={"rollout_func": fixed_rollouts}, **settings
-        )
+        trainer = make_trainer(tmp_path, trainer_class, keywords={"rollout_func": fixed_rollouts}, **settings)
         trainer.train()
-        logs.append({name: logged(trainer, name) for name in ("fipo/policy_kl", "fipo/dual_clip_fraction")})
-        assert len(logs[-1]["fipo/policy_kl"]) == 12
-        assert max(logs[-1]["fipo/dual_clip_fraction"]) > 0
+        logs.append({name: logged(trainer, name) for name in ("policy/kl", "policy/dual_clip_fraction")})
+        assert len(logs[-1]["policy/kl"]) == 12
+        assert max(logs[-1]["policy/dual_clip_fraction"]) > 0
     assert logs[0] == logs[1]
 
 
 # Trackers
 
 
+TRACKED = """
+import sys
+from tiny import make_trainer
+
+trainer = make_trainer(sys.argv[1], max_steps=9, report_to=["tensorboard", "trackio"], project="curves")
+trainer.train()
+trainer.save_state()
+"""
+
+
 def test_trackers_receive_what_is_logged(tmp_path):
-    """Through transformers' own integrations, from the command line, with values read back from their files."""
-    command = [sys.executable, "scripts/train_fipo.py", "--config", "recipes/tiny/fipo.yaml"]
-    command += ["--output_dir", str(tmp_path / "run"), "--max_steps", "9", "--logging_steps", "1"]
-    command += ["--report_to", "tensorboard", "trackio", "--project", "curves", "--run_name", "one"]
-    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio")}
-    environment |= {"TENSORBOARD_LOGGING_DIR": str(tmp_path / "tensorboard")}
+    """Through transformers' own integrations. In a process of its own: trackio reads its folder when it is imported."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "TRACKIO_DIR": str(tmp_path / "trackio"),
+        "TENSORBOARD_LOGGING_DIR": str(tmp_path / "tensorboard"),
+    }
+    command = [sys.executable, "-c", TRACKED, str(tmp_path / "run")]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     expected = {row["step"]: row for row in state["log_history"] if "loss" in row}
     assert len(expected) == 9
     curves = {name for row in expected.values() for name in row} - {"step", "epoch"}
-    assert {"rollout_iteration", "optimizer_update", "behaviour/one_chain", "fipo/policy_kl"} <= curves
+    assert {"rollout_iteration", "optimizer_update", "behaviour/one_chain", "policy/kl"} <= curves
     assert {"completions/q25_length", "completions/length_weighted_advantage"} <= curves
 
     events = EventAccumulator(str(tmp_path / "tensorboard"))
