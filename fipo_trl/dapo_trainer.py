@@ -19,7 +19,7 @@ from trl.trainer.utils import get_config_model_id
 from fipo_trl import vllm_cpu
 from fipo_trl.dynamic_sampling import Batch, DynamicSampler, Group, PromptStream
 from fipo_trl.fipo_config import FIPOConfig
-from fipo_trl.influence import InfluenceStatistics, InfluenceWeights, influence_weights
+from fipo_trl.influence import PolicyStatistics, policy_statistics
 from fipo_trl.length_grouping import log_probs_by_length, regroup, trim, unknown_keys
 from fipo_trl.monitoring import counters, generation_metrics
 
@@ -59,7 +59,7 @@ class DAPOTrainer(GRPOTrainer):
             args, adopted = FIPOConfig.from_grpo_config(args)
 
         self._loss_inputs = None  # the inputs of the loss being computed; None outside of a loss
-        self._update_statistics = []  # one (len(InfluenceStatistics),) tensor per micro-batch of this update
+        self._update_statistics = []  # what `_weight_advantages` returned, one tensor per micro-batch of this update
         self._train_sampler = None  # TRL's; None for iterable datasets
         self._replayed_rewards = None  # (all rows, F), while TRL's code runs on rollouts that are already there
         self._grouping_explained = False
@@ -385,37 +385,36 @@ class DAPOTrainer(GRPOTrainer):
         self._update_statistics.append(torch.stack([value.float() for value in statistics]))
         return outputs
 
-    def _weight_advantages(self, inputs, per_token_logps) -> InfluenceStatistics:
+    def _weight_advantages(self, inputs, per_token_logps) -> PolicyStatistics:
         """Called before the loss reads `inputs["advantages"]`, which a subclass may change. DAPO only looks."""
-        return self._influence(inputs, per_token_logps, weight_min=1.0, weight_max=1.0).statistics
+        log_ratio, mask = self._log_ratio(inputs, per_token_logps)
+        return policy_statistics(log_ratio, inputs["advantages"], mask, dual_clip=self.args.delta)
 
-    def _influence(self, inputs, per_token_logps, **settings) -> InfluenceWeights:
+    def _log_ratio(self, inputs, per_token_logps) -> tuple[torch.Tensor, torch.Tensor]:
+        """log π_θ - log π_old, and where it is scored: both (B, T)."""
         mask = inputs["completion_mask"]  # (B, T)
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
         old_per_token_logps = inputs.get("old_per_token_logps")
         if old_per_token_logps is None:  # TRL omits them where the policy is still the one that generated
             old_per_token_logps = per_token_logps
-        log_ratio = per_token_logps - old_per_token_logps
-        return influence_weights(log_ratio, inputs["advantages"], mask, dual_clip=self.args.delta, **settings)
+        return per_token_logps - old_per_token_logps, mask
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
-            # Reduced over the micro-batches and ranks of the update
-            gathered = self.accelerator.gather(torch.stack(self._update_statistics))
+            statistics = torch.stack(self._update_statistics)
             self._update_statistics = []
-            total = InfluenceStatistics(*gathered.sum(dim=0).tolist())
-            total = total._replace(
-                weight_min=gathered[:, InfluenceStatistics._fields.index("weight_min")].min().item(),
-                weight_max=gathered[:, InfluenceStatistics._fields.index("weight_max")].max().item(),
-            )
-            if total.tokens > 0:
-                self._finish_update(total)
+            self._finish_update(self.accelerator.gather(statistics))
         return loss
 
-    def _finish_update(self, total: InfluenceStatistics):
-        """Log what the loss of an update has shown of the policy."""
+    def _finish_update(self, statistics: torch.Tensor):
+        """Reduce the statistics of an update, (ranks * micro-batches, statistics), and log them."""
+        total = PolicyStatistics(*statistics.sum(dim=0).tolist())
+        if total.tokens > 0:
+            self._log_policy(total)
+
+    def _log_policy(self, total):
         self._metrics["train"]["policy/kl"].append(total.policy_kl / total.tokens)
         self._metrics["train"]["policy/dual_clip_fraction"].append(total.dual_clipped / total.tokens)
 

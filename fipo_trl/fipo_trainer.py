@@ -13,7 +13,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 
 from fipo_trl.dapo_trainer import DAPOTrainer
-from fipo_trl.influence import InfluenceStatistics
+from fipo_trl.influence import InfluenceStatistics, influence_weights
 
 
 logger = get_logger(__name__)
@@ -74,12 +74,15 @@ class FIPOTrainer(DAPOTrainer):
     def _weight_advantages(self, inputs, per_token_logps) -> InfluenceStatistics:
         """Replace the advantages (B,) in `inputs` by `A f` (B, T), 0 for sequences that leave the policy loss."""
         advantages = inputs["advantages"]
-        influence = self._influence(
-            inputs,
-            per_token_logps,
+        log_ratio, mask = self._log_ratio(inputs, per_token_logps)
+        influence = influence_weights(
+            log_ratio,
+            advantages,
+            mask,
             half_life=self.args.future_kl_half_life,
             weight_min=self.args.influence_weight_min,
             weight_max=self.args.influence_weight_max,
+            dual_clip=self.args.delta,
             safety_ratio=self.args.influence_safety_ratio,
         )
         if advantages.dim() == 1:
@@ -96,8 +99,16 @@ class FIPOTrainer(DAPOTrainer):
 
     # The end of an update
 
-    def _finish_update(self, total: InfluenceStatistics):
-        super()._finish_update(total)
+    def _finish_update(self, statistics: torch.Tensor):
+        """Reduce the statistics of an update, (ranks * micro-batches, statistics), and act on them."""
+        total = InfluenceStatistics(*statistics.sum(dim=0).tolist())
+        total = total._replace(
+            weight_min=statistics[:, InfluenceStatistics._fields.index("weight_min")].min().item(),
+            weight_max=statistics[:, InfluenceStatistics._fields.index("weight_max")].max().item(),
+        )
+        if total.tokens == 0:
+            return
+        self._log_policy(total)
         self._exclude_dropped_tokens_from_mean(total)
         self._log_statistics(total)
         self._warn_if_inert(total)

@@ -106,7 +106,10 @@ class Run:
         self.folder = folder
         checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
         files = [Path(place) / TRAINER_STATE_NAME for place in (folder, checkpoint) if place]
-        states = [json.loads(file.read_text()) for file in files if file.is_file()]
+        try:
+            states = [json.loads(file.read_text()) for file in files if file.is_file()]
+        except ValueError as error:
+            raise ValueError(f"{TRAINER_STATE_NAME} of {folder} is not what transformers writes: {error}") from error
         if not states:
             raise ValueError(
                 f"{folder} has no {TRAINER_STATE_NAME}, nor has a checkpoint in it. Give the output_dir of a run that "

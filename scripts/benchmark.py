@@ -3,10 +3,12 @@
     OMP_NUM_THREADS=2 python scripts/benchmark.py future-kl
     OMP_NUM_THREADS=2 python scripts/benchmark.py update
     OMP_NUM_THREADS=2 python scripts/benchmark.py memory
+    OMP_NUM_THREADS=2 python scripts/benchmark.py monitoring
 
 `future-kl` times Future-KL against the matrix product of the official code, a serial scan and one pass of `exp`;
 `update` times optimizer updates of TRL's GRPOTrainer and of FIPOTrainer on the same completions, of equal and of
-long-tailed lengths; `memory` measures what the influence weights add to an update. All that a row compares takes turns
+long-tailed lengths; `memory` measures what the influence weights add to an update, `monitoring` what metrics and
+collapse alarm add. All that a row compares takes turns
 in the same run, and a time is the median of these rounds. Other load spoils the times: look at `uptime` first. With
 `--quick` every subcommand takes seconds, to see that it works; its times mean nothing.
 """
@@ -32,12 +34,14 @@ from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_callback import PrinterCallback
 from trl import GRPOTrainer
 
-from fipo_trl import FIPOConfig, FIPOTrainer
+from fipo_trl import DAPOTrainer, FIPOConfig, FIPOTrainer
 from fipo_trl.future_kl import future_kl
 from fipo_trl.influence import influence_weights
 from fipo_trl.length_grouping import trim
+from fipo_trl.monitoring import CollapseAlarm
 
 
 TINY_BASE = Path(__file__).parents[1] / "recipes/tiny/base"
@@ -159,11 +163,37 @@ class TrimmingOnly(FIPOTrainer):
         return torch.cat(values), None, None
 
 
+class Unmonitored:
+    """What all trainers have in TRL."""
+
+    log = GRPOTrainer.log
+
+    def _log_generation(self, generation):
+        pass
+
+
+class UnmonitoredFIPO(Unmonitored, FIPOTrainer):
+    """With TRL's metrics and those of the influence weights only."""
+
+
+class UnmonitoredDAPO(Unmonitored, DAPOTrainer):
+    """With TRL's metrics only."""
+
+    _compute_loss = GRPOTrainer._compute_loss
+    training_step = GRPOTrainer.training_step
+
+
 TRAINERS = {  # name: class, group_by_length
     "FIPOTrainer": (FIPOTrainer, True),
     "GRPOTrainer": (GRPOTrainer, False),
     "ungrouped": (FIPOTrainer, False),
     "trimmed": (TrimmingOnly, True),
+}
+MONITORED = {
+    "FIPOTrainer": (FIPOTrainer, True),
+    "FIPO unmonitored": (UnmonitoredFIPO, True),
+    "DAPOTrainer": (DAPOTrainer, True),
+    "DAPO unmonitored": (UnmonitoredDAPO, True),
 }
 
 
@@ -192,7 +222,7 @@ class Cycle:
     """A trainer, and what it does on each generation: stubbed rollouts, the old-log-prob pass, the updates."""
 
     def __init__(self, name, distribution, micro_batch_size, args, folder):
-        trainer_class, group_by_length = TRAINERS[name]
+        trainer_class, group_by_length = (TRAINERS | MONITORED)[name]
         tokenizer = AutoTokenizer.from_pretrained(TINY_BASE, padding_side="left")
         self.lengths = make_lengths(distribution, UPDATES_PER_GENERATION * args.sequences, args.longest, args.spread)
         self.trainer = trainer_class(
@@ -275,6 +305,46 @@ def run_update(args):
     )
 
 
+# monitoring
+
+
+class LoggingCycle(Cycle):
+    """A cycle that logs a row after each update, with the collapse alarm where it has something to see."""
+
+    def __init__(self, name, *args):
+        super().__init__(name, *args)
+        self.trainer.remove_callback(PrinterCallback)
+        if "unmonitored" not in name:
+            self.trainer.add_callback(CollapseAlarm())
+        self.trainer.optimizer.register_step_post_hook(self.log)
+
+    def log(self, *args):
+        self.trainer.log({"loss": 0.0, "grad_norm": 0.1})
+
+
+def run_monitoring(args):
+    rows = []
+    for distribution, size in progress(product(args.lengths, args.micro_batches)):
+        with tempfile.TemporaryDirectory() as folder:
+            cycles = {name: LoggingCycle(name, distribution, size, args, folder) for name in MONITORED}
+        times = medians(cycles, dict.fromkeys(cycles, args.rounds), args.device)
+        times = {name: value / UPDATES_PER_GENERATION for name, value in times.items()}
+        row = {"lengths": distribution, "micro-batch": str(size)}
+        for arm in ("FIPO", "DAPO"):
+            monitored, without = times[f"{arm}Trainer"], times[f"{arm} unmonitored"]
+            row[f"{arm}Trainer, s"] = f"{monitored:.3f}"
+            row[f"{arm} unmonitored, s"] = f"{without:.3f}"
+            row[f"{arm} difference"] = f"{monitored / without - 1:+.2%}"
+        rows.append(row)
+    report(
+        rows,
+        f"Seconds per optimizer update of {args.sequences} sequences, longest completion {args.longest} tokens, a row "
+        "logged after each.\nUnmonitored: without behaviours, quartiles, length-weighted advantage, counters and "
+        "collapse alarm, and in DAPO without policy KL\nand dual clips. Timed as in `update`: rollouts are stubbed, "
+        "and would make the difference smaller.",
+    )
+
+
 # memory
 
 
@@ -343,6 +413,7 @@ def report(rows: list[dict[str, str]], note: str):
 QUICK = {  # what --quick sets
     "future-kl": {"rounds": 2, "slow_rounds": 1, "shapes": ["2x300xfloat32", "2x300xbfloat16"]},
     "update": {"rounds": 1, "longest": 32, "sequences": 8, "micro_batches": [4]},
+    "monitoring": {"rounds": 1, "longest": 32, "sequences": 8, "micro_batches": [4]},
     "memory": {"rounds": 2, "slow_rounds": 1, "shapes": ["2x64", "2x300"]},
 }
 
@@ -365,6 +436,7 @@ def parse(argv=None):
 
     kl = add("future-kl", run_future_kl, 60, "time of Future-KL, beside other ways to compute it")
     update = add("update", run_update, 3, "time of an optimizer update, with and without grouping by length")
+    monitoring = add("monitoring", run_monitoring, 5, "time of an optimizer update, with and without monitoring")
     memory = add("memory", run_memory, 30, "peak memory of influence_weights, and its time beside that of the model")
 
     shapes = "8x1024xfloat32 8x8192xfloat32 8x20480xfloat32 8x20480xfloat64 8x20480xbfloat16 1x131072xfloat32"
@@ -373,13 +445,12 @@ def parse(argv=None):
     kl.add_argument("--longest-block-sum", type=int, default=20480, help="largest T that the block sum is run on")
 
     lengths = ["equal", "long-tailed"]
-    update.add_argument("--lengths", nargs="+", choices=lengths, default=lengths, help="distributions of lengths")
-    update.add_argument("--longest", type=int, default=256, help="longest completion, in tokens")
-    update.add_argument(
-        "--spread", type=float, default=0.65, help="of long-tailed lengths: deviation of their logarithm"
-    )
-    update.add_argument("--micro-batches", nargs="+", type=int, default=[1, 4, 8], help="per_device_train_batch_size")
-    update.add_argument("--sequences", type=int, default=128, help="per update: a multiple of 4 and of micro-batches")
+    for sub, sizes in ((update, [1, 4, 8]), (monitoring, [4])):
+        sub.add_argument("--lengths", nargs="+", choices=lengths, default=lengths, help="distributions of lengths")
+        sub.add_argument("--longest", type=int, default=256, help="longest completion, in tokens")
+        sub.add_argument("--spread", type=float, default=0.65, help="of long-tailed lengths: deviation of their log")
+        sub.add_argument("--micro-batches", nargs="+", type=int, default=sizes, help="per_device_train_batch_size")
+        sub.add_argument("--sequences", type=int, default=128, help="per update: a multiple of 4 and micro-batches")
 
     shapes = "4x128 4x512 8x2048 1x20480 8x20480"
     memory.add_argument("--shapes", nargs="+", metavar="BxT", default=shapes.split(), help="inputs")

@@ -345,7 +345,7 @@ trainer.save_state()
 
 
 def test_trackers_receive_what_is_logged(tmp_path):
-    """Through transformers' own integrations. In a process of its own: trackio reads its folder when it is imported."""
+    """Through transformers' integrations. In a process of its own, as trackio reads its folder when it is imported."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "TRACKIO_DIR": str(tmp_path / "trackio"),
