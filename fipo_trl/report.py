@@ -228,7 +228,7 @@ def write_report(arms: dict[str, list[Run]], output_dir: Path) -> list[str]:
         (output_dir / f"{name}.png").write_bytes(image)
         sections.append(
             f"<h2>{html.escape(figure.title)}</h2>\n<p>{html.escape(figure.meaning)}</p>\n"
-            f'<img alt="{html.escape(", ".join(panels.values()))}" '
+            f'<img alt="{html.escape(", ".join(panels.values()))}" width="{248 * len(panels)}" '
             f'src="data:image/png;base64,{base64.b64encode(image).decode()}">'
         )
     missing = list(dict.fromkeys(missing))

@@ -4,7 +4,7 @@
     make quickstart-vllm   vLLM does the rollouts, on the CPU; their speed is reported beside that of transformers
 
 The recipe is recipes/tiny/fipo.yaml (fipo_vllm.yaml), read by scripts/train_fipo.py as any other. Results go to
-outputs/quickstart: summary.json and training.png. Ctrl-C leaves a checkpoint, from which the next run goes on.
+outputs/quickstart: summary.json, training.png and the report that scripts/report.py writes. Ctrl-C leaves a checkpoint, from which the next run goes on.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from train_fipo import build_trainer, parse, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from fipo_trl.report import Run, write_report
 from fipo_trl.running_sums import BEHAVIOURS, behaviour, exact_answer
 
 
@@ -186,11 +187,13 @@ def main():
     summary_path.write_text(json.dumps(summary, indent=2) + "\n")
     figure_path = options.output_dir / "training.png"
     draw(history, figure_path)
+    write_report({"FIPO": [Run(run_dir)]}, options.output_dir / "report")
     print(f"\n{table(base, trained)}\n")
     print(
         f"FIPO acted on {summary['active_fraction']:.0%} of the tokens (an influence weight other than 1), in "
         f"{summary['updates']} updates. All took {summary['seconds']:.0f} s.\n"
-        f"Curves: {figure_path}   Numbers: {summary_path}   Model: {run_dir}"
+        f"Curves: {figure_path}   All that was logged: {options.output_dir / 'report/report.html'}\n"
+        f"Numbers: {summary_path}   Model: {run_dir}"
     )
 
 

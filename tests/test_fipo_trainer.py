@@ -276,7 +276,9 @@ def test_metrics_of_one_update(tmp_path):
     trainer, inputs = moved_policy(tmp_path, scale=0.5, influence_weight_min=0.8, influence_safety_ratio=3.0)
     last_update(trainer)
     trainer.model.zero_grad()
-    metrics = {name: values for name, values in trainer._metrics["train"].items() if name.startswith("fipo/")}
+    metrics = {
+        name: values for name, values in trainer._metrics["train"].items() if name.startswith(("fipo/", "policy/"))
+    }
     assert metrics.keys() == METRICS
     assert all(len(values) == 1 for values in metrics.values())
 
