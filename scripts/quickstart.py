@@ -4,7 +4,8 @@
     make quickstart-vllm   vLLM does the rollouts, on the CPU; their speed is reported beside that of transformers
 
 The recipe is recipes/tiny/fipo.yaml (fipo_vllm.yaml), read by scripts/train_fipo.py as any other. Results go to
-outputs/quickstart: summary.json, training.png and the report that scripts/report.py writes. Ctrl-C leaves a checkpoint, from which the next run goes on.
+outputs/quickstart: summary.json, training.png and the report that scripts/report.py writes. Ctrl-C leaves a
+checkpoint, from which the next run goes on.
 """
 
 import argparse

@@ -66,7 +66,7 @@ def test_control_arm_is_grpo(tmp_path):
 def test_collapse_stops_the_run_where_that_is_asked(tmp_path):
     unstable = ["--learning_rate", 4e-3, "--num_iterations", 2, "--influence_weight_max", 10, "--logging_steps", 1]
     run = launch(RECIPE, tmp_path, *unstable, "--max_steps", 200, "--on_collapse", "stop", check=False)
-    assert run.returncode == 3
+    assert "returned non-zero exit status 3." in run.stderr  # accelerate itself exits with 1
     assert "Stopped at update" in run.stdout
     assert "because on_collapse is 'stop': dual-clip fraction" in run.stdout
     last = max(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
