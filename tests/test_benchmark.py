@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
     [
         ("future-kl", ["ours, ms", "block sum, ms", "serial scan, ms", "one exp, ms"]),
         ("update", ["FIPOTrainer, s", "GRPOTrainer, s", "ungrouped, s", "trimmed, s", "not padding"]),
-        ("monitoring", ["FIPOTrainer, s", "DAPO unmonitored, s", "FIPO difference", "DAPO difference"]),
+        ("monitoring", ["FIPOTrainer, ms", "FIPOTrainer: share", "DAPOTrainer: monitoring, ms", "DAPOTrainer: share"]),
         ("memory", ["peak, (B, T) float32", "influence_weights, ms", "share"]),
     ],
 )

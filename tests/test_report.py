@@ -130,6 +130,10 @@ def collapsing(count, at):
 def test_alarm_of_a_finished_run(tmp_path):
     assert Run(write_run(tmp_path / "a", collapsing(300, at=250))).collapse.update == 250
     assert Run(write_run(tmp_path / "b", collapsing(300, at=None))).collapse is None
+    rows = collapsing(300, at=250)
+    for row in rows[:235]:
+        row["grad_norm"] = 1.0  # what has long been usual does not spike
+    assert Run(write_run(tmp_path / "c", rows)).collapse is None
 
 
 def test_report_of_real_runs(tmp_path):
