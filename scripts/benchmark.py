@@ -329,9 +329,9 @@ def run_monitoring(args):
         rows.append(row)
     report(
         rows,
-        f"CPU time per optimizer update of {args.sequences} sequences, longest completion {args.longest} tokens, and what "
-        "monitoring takes of it:\nlengths, behaviours, counters, a logged row, collapse alarm, and in DAPO policy KL and "
-        "dual clips. As in `update`,\nrollouts are stubbed; real ones would make the share smaller.",
+        f"CPU time per optimizer update of {args.sequences} sequences, longest completion {args.longest} tokens, and "
+        "what monitoring takes\nof it: lengths, behaviours, counters, a logged row, collapse alarm; in DAPO, policy "
+        "KL and dual clips too. As in `update`,\nrollouts are stubbed; real ones would make the share smaller.",
     )
 
 
