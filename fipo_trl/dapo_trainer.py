@@ -93,7 +93,8 @@ class DAPOTrainer(GRPOTrainer):
         with self._replay(rollouts, rewards):
             outputs = super()._generate_and_score_completions(self._rows(rows))
         group_numbers = torch.tensor([group for group, _ in places], device=self.accelerator.device)
-        self._log_engine_mismatch(outputs, fresh=group_numbers >= batch.carried_over)
+        if batch.rounds:
+            self._log_engine_mismatch(outputs, fresh=group_numbers >= batch.carried_over)
         self._silence_fillers(outputs, batch, group_numbers)
         self._log_dynamic_sampling(batch)
         return outputs
@@ -157,26 +158,24 @@ class DAPOTrainer(GRPOTrainer):
             inputs = self._rows([rows[start + group] for group, _ in places])
             prompts = [row["prompt"] for row in inputs]
             metrics = {name: list(values) for name, values in self._metrics["train"].items()}
-            prompt_ids, completion_ids, tool_mask, completions, logps, extra_fields, _, _ = self._generate(prompts)
+            prompt_ids, completion_ids, tool_mask, completions, logps, extra, _, _ = self._generate(prompts)
             self._metrics["train"].clear()
             self._metrics["train"].update(metrics)
-            for i, row in enumerate(inputs):
-                row.update(
-                    {key: value[i] if isinstance(value, list) else value for key, value in extra_fields.items()}
-                )
+            extra_fields = [
+                {name: values[i] if isinstance(values, list) else values for name, values in extra.items()}
+                for i in range(len(inputs))
+            ]
+            for row, fields in zip(inputs, extra_fields, strict=True):
+                row.update(fields)
             scored = self._calculate_rewards(inputs, prompts, completions, completion_ids)
             rewards.append(scored.cpu().view(-1, self.num_generations, len(self.reward_funcs)))
             for i, (group, number) in enumerate(places):
                 rollouts[start + group][number] = {
                     "prompt_ids": torch.tensor(prompt_ids[i], dtype=torch.int32),
                     "completion_ids": torch.tensor(completion_ids[i], dtype=torch.int32),
-                    "logprobs": None
-                    if logps is None
-                    else torch.tensor([math.nan if p is None else p for p in logps[i]]),
-                    "env_mask": None if tool_mask is None else torch.tensor(tool_mask[i], dtype=torch.int8),
-                    "extra_fields": {
-                        key: value[i] if isinstance(value, list) else value for key, value in extra_fields.items()
-                    },
+                    "logprobs": logps and torch.tensor([math.nan if logp is None else logp for logp in logps[i]]),
+                    "env_mask": tool_mask and torch.tensor(tool_mask[i], dtype=torch.int8),
+                    "extra_fields": extra_fields[i],
                     "extra_logs": {column: values[i] for column, values in self._pending_extra_logs.items()},
                 }
             self._pending_extra_logs.clear()

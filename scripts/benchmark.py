@@ -4,13 +4,15 @@
     OMP_NUM_THREADS=2 python scripts/benchmark.py update
     OMP_NUM_THREADS=2 python scripts/benchmark.py memory
     OMP_NUM_THREADS=2 python scripts/benchmark.py monitoring
+    python scripts/benchmark.py dynamic-sampling
 
 `future-kl` times Future-KL against the matrix product of the official code, a serial scan and one pass of `exp`;
 `update` times optimizer updates of TRL's GRPOTrainer and of FIPOTrainer on the same completions, of equal and of
 long-tailed lengths; `memory` measures what the influence weights add to an update, `monitoring` what metrics and
-collapse alarm add. All that a row compares takes turns
-in the same run, and a time is the median of these rounds. Other load spoils the times: look at `uptime` first. With
-`--quick` every subcommand takes seconds, to see that it works; its times mean nothing.
+collapse alarm add; `dynamic-sampling` counts, without a model, how many groups are sampled for one that is trained on.
+All that a row compares takes turns in the same run, and a time is the median of these rounds. Other load spoils the
+times: look at `uptime` first. With `--quick` every subcommand takes seconds, to see that it works; its times mean
+nothing.
 """
 
 import argparse
@@ -38,6 +40,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import GRPOTrainer
 
 from fipo_trl import DAPOTrainer, FIPOConfig, FIPOTrainer
+from fipo_trl.dynamic_sampling import DynamicSampler, PromptStream
 from fipo_trl.future_kl import future_kl
 from fipo_trl.influence import influence_weights
 from fipo_trl.length_grouping import trim
@@ -366,6 +369,41 @@ def run_memory(args):
     )
 
 
+# Dynamic sampling
+
+
+def run_dynamic_sampling(args):
+    """Groups sampled per group trained on, where each group is mixed with the same probability."""
+
+    def cell(keep_rate: float, oversample: float | str) -> str:
+        generator = torch.Generator().manual_seed(0)
+
+        def roll_out(rows):
+            rewards = torch.zeros(len(rows), 2, 1)
+            rewards[:, 0, 0] = (torch.rand(len(rows), generator=generator) < keep_rate).float()
+            return rewards, [{} for _ in rows]
+
+        sampler = DynamicSampler(PromptStream(17_000, seed=0), args.prompts, oversample=oversample)
+        batches = [sampler.fill(roll_out) for _ in range(args.rounds)]
+        if any(batch.fillers for batch in batches):
+            return "rounds ran out"
+        sampled = mean(batch.generated for batch in batches) / args.prompts
+        return f"{sampled:.2f} ({mean(batch.rounds for batch in batches):.1f})"
+
+    rows = []
+    for tenths in progress(range(1, 10)):
+        rate = tenths / 10
+        row = {"keep rate": f"{rate:.1f}", "least possible": f"{1 / rate:.2f}"}
+        for name, oversample in {"auto": "auto", "3x (DAPO)": 3.0, "4x (FIPO)": 4.0}.items():
+            row[name] = cell(rate, oversample)
+        rows.append(row)
+    report(
+        rows,
+        f"Groups sampled per group trained on, and in brackets the rounds per batch of {args.prompts} groups: means\n"
+        f"of {args.rounds} batches. The keep rate is the share of prompts whose completions differ in reward.",
+    )
+
+
 # Printing
 
 
@@ -405,6 +443,7 @@ QUICK = {  # what --quick sets
     "update": {"rounds": 1, "longest": 32, "sequences": 8, "micro_batches": [4]},
     "monitoring": {"rounds": 1, "longest": 32, "sequences": 8, "micro_batches": [4]},
     "memory": {"rounds": 2, "slow_rounds": 1, "shapes": ["2x64", "2x300"]},
+    "dynamic-sampling": {"rounds": 5, "prompts": 64},
 }
 
 
@@ -417,7 +456,12 @@ def parse(argv=None):
         sub.formatter_class = argparse.ArgumentDefaultsHelpFormatter
         device = "cuda" if torch.cuda.is_available() else "cpu"
         sub.add_argument("--device", choices=["cpu", "cuda"], default=device, help="where to run")
-        sub.add_argument("--rounds", type=int, default=rounds, help="runs that a median is taken of")
+        sub.add_argument(
+            "--rounds",
+            type=int,
+            default=rounds,
+            help="runs that a median is taken of (batches that a mean is taken of, for dynamic-sampling)",
+        )
         sub.add_argument(
             "--quick", action="store_true", help="takes seconds: sets rounds and sizes, whatever is given"
         )
@@ -428,6 +472,8 @@ def parse(argv=None):
     update = add("update", run_update, 3, "time of an optimizer update, with and without grouping by length")
     monitoring = add("monitoring", run_monitoring, 5, "time of an optimizer update, with and without monitoring")
     memory = add("memory", run_memory, 30, "peak memory of influence_weights, and its time beside that of the model")
+    sampling = add("dynamic-sampling", run_dynamic_sampling, 100, "groups sampled per group trained on")
+    sampling.add_argument("--prompts", type=int, default=512, help="of a generation batch")
 
     shapes = "8x1024xfloat32 8x8192xfloat32 8x20480xfloat32 8x20480xfloat64 8x20480xbfloat16 1x131072xfloat32"
     kl.add_argument("--shapes", nargs="+", metavar="BxTxDTYPE", default=shapes.split(), help="inputs")

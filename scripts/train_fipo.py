@@ -43,6 +43,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 from fipo_trl import DAPOTrainer, FIPOConfig, FIPOTrainer
 from fipo_trl import rewards as dapo_rewards
 from fipo_trl.data import from_dapo, is_dapo, load_splits
+from fipo_trl.doctor import refuse_impossible
 from fipo_trl.monitoring import CollapseAlarm
 
 
@@ -391,6 +392,7 @@ def prepare(script_args, training_args, model_args, mixture) -> dict:
             trust_remote_code=training_args.trust_remote_code,
         )
     train_dataset, eval_dataset = load_data(script_args, mixture, evaluate, reward_funcs, tokenizer)
+    refuse_impossible(script_args, training_args, model_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
         ("update", ["FIPOTrainer, s", "GRPOTrainer, s", "ungrouped, s", "trimmed, s", "not padding"]),
         ("monitoring", ["FIPOTrainer, ms", "FIPOTrainer: share", "DAPOTrainer: monitoring, ms", "DAPOTrainer: share"]),
         ("memory", ["peak, (B, T) float32", "influence_weights, ms", "share"]),
+        ("dynamic-sampling", ["keep rate", "least possible", "auto", "3x (DAPO)", "4x (FIPO)"]),
     ],
 )
 def test_quick(command, columns):
@@ -27,7 +28,7 @@ def test_quick(command, columns):
     assert run.returncode == 0, run.stderr
     header, _, *rows = [line for line in run.stdout.splitlines() if line.startswith("|")]
     assert all(column in header for column in columns)
-    assert len(rows) == 2
+    assert len(rows) == (9 if command == "dynamic-sampling" else 2)
     assert f"python scripts/benchmark.py {command} --quick" in run.stdout
     if command == "future-kl":
         errors = [float(cell) for cell in re.findall(r" (\de[-+]\d\d) \|", rows[0])]

@@ -1,4 +1,4 @@
-"""Train a few updates on however many processes there are, and save what came out. Run by test_two_processes.py.
+"""Train a few updates on however many processes there are, and save what came out. Run by test_several_processes.py.
 
 All completions of a generation go into each update, so that the ranks need not agree with a single process on the
 order in which TRL deals them.
@@ -9,14 +9,15 @@ import sys
 
 import torch
 from accelerate import PartialState
-from tiny import make_trainer, parameters, scored_rollouts
+from tiny import longer_is_better, make_trainer, parameters, right_for_some, scored_rollouts
 
 
 def main(result, output_dir, settings):
     world_size = PartialState(cpu=True).num_processes
     settings = json.loads(settings)
     settings["per_device_train_batch_size"] = settings["per_device_train_batch_size"] // world_size
-    trainer = make_trainer(output_dir, keywords={"rollout_func": scored_rollouts}, **settings)
+    keywords = {"rollout_func": scored_rollouts, "reward_funcs": [right_for_some, longer_is_better]}
+    trainer = make_trainer(output_dir, keywords=keywords, **settings)
     trainer.train()
     if trainer.accelerator.is_main_process:
         log = trainer.state.log_history
