@@ -39,13 +39,20 @@ REWARDS = {"mixed": [1.0, 0.0, 1.0], "right": [1.0, 1.0, 1.0], "wrong": [-1.0, -
 PROMPTS = list(dict.fromkeys(tiny.PROMPTS))
 
 
-def rewards_of(prompt, tokenizer=AutoTokenizer.from_pretrained(tiny.BASE)):  # noqa: B008
-    """The deciding rewards of the fixed rollouts of a prompt, four of them."""
+TOKENIZER = AutoTokenizer.from_pretrained(tiny.BASE)
+
+
+def rollouts_of(prompt):
     trainer = SimpleNamespace(
-        processing_class=tokenizer, num_generations=4, accelerator=SimpleNamespace(process_index=0)
+        processing_class=TOKENIZER, num_generations=4, accelerator=SimpleNamespace(process_index=0)
     )
-    completions = fixed_rollouts([prompt] * 4, trainer)["completion_ids"]
-    return right_for_some([prompt] * 4, tokenizer.batch_decode(completions, skip_special_tokens=True))
+    return fixed_rollouts([prompt] * 4, trainer)
+
+
+def rewards_of(prompt):
+    """The deciding rewards of the fixed rollouts of a prompt, four of them."""
+    completions = rollouts_of(prompt)["completion_ids"]
+    return right_for_some([prompt] * 4, TOKENIZER.batch_decode(completions, skip_special_tokens=True))
 
 
 MIXED_PROMPTS = [prompt for prompt in PROMPTS if len(set(rewards_of(prompt))) > 1]
@@ -184,6 +191,21 @@ def test_auto_generates_less_than_a_fixed_factor(keep_rate):
     assert 1 / keep_rate < auto < 1.35 / keep_rate  # 1 / keep rate is the least possible
 
 
+def test_auto_follows_a_keep_rate_that_falls():
+    sampler = DynamicSampler(PromptStream(1000, seed=0, shuffle=False), 16)
+
+    def roll_out(rows, every=1):
+        rewards = torch.zeros(len(rows), 2, 1)
+        rewards[[row % every == 0 for row in rows], 0, 0] = 1.0
+        return rewards, [{} for _ in rows]
+
+    for _ in range(20):
+        assert sampler.fill(roll_out).generated == 16
+    for _ in range(4):
+        sampler.fill(lambda rows: roll_out(rows, every=4))
+    assert sampler.round_size(16) == 64  # and not 20, as the mean of all 24 batches would say
+
+
 def test_state_survives_a_file():
     def make():
         return DynamicSampler(PromptStream(50, seed=1), 8, oversample=2.5, carry_over=True)
@@ -258,6 +280,9 @@ def test_metrics(tmp_path):
     assert rows[0]["dynamic_sampling/all_right_fraction"] == pytest.approx(right / 24)
     assert rows[0]["dynamic_sampling/all_wrong_fraction"] == pytest.approx(wrong / 24)
     assert rows[0]["dynamic_sampling/reward"] == pytest.approx(sum(sums) / 96)
+    rollouts = [rollouts_of(prompt) for prompt in prompts]  # all tokens count, once
+    tokens = sum(len(ids) for r in rollouts for name in ("prompt_ids", "completion_ids") for ids in r[name])
+    assert rows[0]["num_tokens"] == tokens
 
 
 def test_log_probs_are_computed_of_kept_groups_only(tmp_path, monkeypatch):
