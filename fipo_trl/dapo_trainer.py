@@ -19,7 +19,9 @@ from trl.trainer.utils import get_config_model_id
 from fipo_trl import vllm_cpu
 from fipo_trl.dynamic_sampling import Batch, DynamicSampler, Group, PromptStream
 from fipo_trl.fipo_config import FIPOConfig
+from fipo_trl.influence import PolicyStatistics, policy_statistics
 from fipo_trl.length_grouping import log_probs_by_length, regroup, trim, unknown_keys
+from fipo_trl.monitoring import counters, generation_metrics
 
 
 logger = get_logger(__name__)
@@ -56,6 +58,8 @@ class DAPOTrainer(GRPOTrainer):
         if not isinstance(args, FIPOConfig):
             args, adopted = FIPOConfig.from_grpo_config(args)
 
+        self._loss_inputs = None  # the inputs of the loss being computed; None outside of a loss
+        self._update_statistics = []  # what `_weight_advantages` returned, one tensor per micro-batch of this update
         self._train_sampler = None  # TRL's; None for iterable datasets
         self._replayed_rewards = None  # (all rows, F), while TRL's code runs on rollouts that are already there
         self._grouping_explained = False
@@ -76,8 +80,13 @@ class DAPOTrainer(GRPOTrainer):
         if self._dynamic_sampler is None or not self.model.training:
             outputs = super()._generate_and_score_completions(inputs)
             self._log_engine_mismatch(outputs)
-            return outputs
-        batch = self._dynamic_sampler.fill(self._roll_out)  # in place of `inputs`
+        else:
+            outputs = self._generate_mixed_groups()
+        self._log_generation(outputs)
+        return outputs
+
+    def _generate_mixed_groups(self):
+        batch = self._dynamic_sampler.fill(self._roll_out)
         places, rollouts = self._share_out(batch.groups)
         rewards = torch.cat([group.rewards for group in batch.groups]).to(self.accelerator.device)
         rows = [self._dynamic_sampler.stream[batch.groups[group].position] for group, _ in places]
@@ -344,11 +353,82 @@ class DAPOTrainer(GRPOTrainer):
             logger.warning(f"group_by_length: {reason}.")
             self._grouping_explained = True
 
+    # The loss, and what it shows of the policy
+
+    def _compute_loss(self, model, inputs):
+        if not self.model.training:  # evaluation completions come from the policy itself: every ratio would be 1
+            return super()._compute_loss(model, inputs)
+        seen = len(self._update_statistics)
+        # A copy, because TRL reuses its buffered micro-batches when num_iterations > 1: weights must not compound
+        self._loss_inputs = dict(inputs)
+        try:
+            loss = super()._compute_loss(model, self._loss_inputs)
+        finally:
+            self._loss_inputs = None
+        if len(self._update_statistics) == seen:
+            raise RuntimeError(
+                "GRPOTrainer._compute_loss did not ask for log-probabilities through "
+                "_get_per_token_logps_and_entropies, so no influence weight was applied. This version of TRL is not "
+                "supported; see setup.cfg for those that are."
+            )
+        return loss
+
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         log_probs = super()._get_per_token_logps_and_entropies
-        if not self.args.group_by_length:
+        if self._loss_inputs is None:  # old and reference log-probs
+            if self.args.group_by_length:
+                return log_probs_by_length(log_probs, *args, **kwargs)
             return log_probs(*args, **kwargs)
-        return log_probs_by_length(log_probs, *args, **kwargs)  # the loss's own call passes through unchanged
+        outputs = log_probs(*args, **kwargs)
+        statistics = self._weight_advantages(self._loss_inputs, outputs[0].detach())
+        self._update_statistics.append(torch.stack([value.float() for value in statistics]))
+        return outputs
+
+    def _weight_advantages(self, inputs, per_token_logps) -> PolicyStatistics:
+        """Called before the loss reads `inputs["advantages"]`, which a subclass may change. DAPO only looks."""
+        log_ratio, mask = self._log_ratio(inputs, per_token_logps)
+        return policy_statistics(log_ratio, inputs["advantages"], mask, dual_clip=self.args.delta)
+
+    def _log_ratio(self, inputs, per_token_logps) -> tuple[torch.Tensor, torch.Tensor]:
+        """log π_θ - log π_old, and where it is scored: both (B, T)."""
+        mask = inputs["completion_mask"]  # (B, T)
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        old_per_token_logps = inputs.get("old_per_token_logps")
+        if old_per_token_logps is None:  # TRL omits them where the policy is still the one that generated
+            old_per_token_logps = per_token_logps
+        return per_token_logps - old_per_token_logps, mask
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            statistics = torch.stack(self._update_statistics)
+            self._update_statistics = []
+            self._finish_update(self.accelerator.gather(statistics))
+        return loss
+
+    def _finish_update(self, statistics: torch.Tensor):
+        """Reduce the statistics of an update, (ranks * micro-batches, statistics), and log them."""
+        total = PolicyStatistics(*statistics.sum(dim=0).tolist())
+        if total.tokens > 0:
+            self._log_policy(total)
+
+    def _log_policy(self, total):
+        self._metrics["train"]["policy/kl"].append(total.policy_kl / total.tokens)
+        self._metrics["train"]["policy/dual_clip_fraction"].append(total.dual_clipped / total.tokens)
+
+    # Metrics of every row
+
+    def _log_generation(self, generation):
+        texts = self.processing_class.batch_decode(generation["completion_ids"], skip_special_tokens=True)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        patterns = self.args.derivation_pattern, self.args.self_check_pattern
+        for name, value in generation_metrics(generation, texts, *patterns, self.accelerator).items():
+            metrics[name].append(value)
+
+    def log(self, logs, *args, **kwargs):
+        logs.update(counters(self.state.global_step, self.args))
+        super().log(logs, *args, **kwargs)
 
     # Data and resuming
 

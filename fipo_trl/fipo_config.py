@@ -1,11 +1,14 @@
 """Every setting of FIPO, its bounds, and the guard against runs in which FIPO would silently be DAPO."""
 
 import math
+import re
 import warnings
 from dataclasses import dataclass, field, fields
 
 from transformers.trainer_utils import SchedulerType
 from trl import GRPOConfig
+
+from fipo_trl.monitoring import DERIVATION_PATTERN, SELF_CHECK_PATTERN
 
 
 UPDATES_PER_GENERATION = 8  # gradient updates on each rollout batch in the paper's FIPO runs (512 prompts in 64s)
@@ -61,6 +64,15 @@ class FIPOConfig(GRPOConfig):
             Whether prompts found beyond those that the batch needs come first in the next one, with their completions.
             These were sampled by the policy of one generation before, but are trained on as if the present one had
             sampled them: π_old is computed by the present policy. Otherwise their prompts are sampled anew.
+
+        > Parameters of monitoring
+
+        derivation_pattern (`str`, *optional*):
+            Regular expression for a step of a derivation, by which the metrics `behaviour/*` tell completions that
+            derive their answer. Defaults to an equals sign and a number.
+        self_check_pattern (`str`, *optional*):
+            Regular expression for the beginning of a self-check, counted after the first such step. Defaults to
+            English phrases: "wait", "let me verify", "another way", ...
 
         > Parameters of speed
 
@@ -155,6 +167,14 @@ class FIPOConfig(GRPOConfig):
             "help": "Whether surplus prompts come first in the next batch, with their completions, which are then one "
             "generation older."
         },
+    )
+    derivation_pattern: str = field(
+        default=DERIVATION_PATTERN,
+        metadata={"help": "Regular expression for a step of a derivation, for the metrics behaviour/*."},
+    )
+    self_check_pattern: str = field(
+        default=SELF_CHECK_PATTERN,
+        metadata={"help": "Regular expression for the beginning of a self-check, for the metrics behaviour/*."},
     )
     group_by_length: bool = field(
         default=True,
@@ -290,6 +310,7 @@ class FIPOConfig(GRPOConfig):
             )
         self._check_dynamic_sampling()
         self._check_token_credit()
+        self._check_patterns()
         if self.lr_scheduler_type == SchedulerType.CONSTANT and self.warmup_steps > 0:
             raise ValueError(
                 f"lr_scheduler_type='constant' ignores warmup_steps={self.warmup_steps:g}. Set "
@@ -326,6 +347,19 @@ class FIPOConfig(GRPOConfig):
                 "vllm_importance_sampling_correction=False as in the paper's runs.",
                 stacklevel=3,
             )
+
+    def _check_patterns(self):
+        for name in ("derivation_pattern", "self_check_pattern"):
+            pattern = getattr(self, name)
+            try:
+                matches_nothing = re.search(pattern, "") is not None
+            except re.error as error:
+                raise ValueError(f"{name}='{pattern}' is not a regular expression: {error}. Mend it.") from error
+            if matches_nothing:
+                raise ValueError(
+                    f"{name}='{pattern}' matches the empty text, and so everywhere. Name what a text must hold, or "
+                    "leave the setting out."
+                )
 
     def _check_dynamic_sampling(self):
         if not self.dynamic_sampling:

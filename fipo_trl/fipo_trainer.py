@@ -67,8 +67,6 @@ class FIPOTrainer(DAPOTrainer):
     }
 
     def __init__(self, *args, **kwargs):
-        self._weighted_inputs = None  # the inputs of the loss being computed; None outside of a loss
-        self._update_statistics = []  # one (len(InfluenceStatistics),) tensor per micro-batch of this update
         self._inert_updates = 0  # updates in a row in which FIPO equalled DAPO
         super().__init__(*args, **kwargs)
         self._token_credit = TokenCreditTracer(self.args, self._tokenizer) if self.args.token_credit_every else None
@@ -91,39 +89,10 @@ class FIPOTrainer(DAPOTrainer):
 
     # The loss
 
-    def _compute_loss(self, model, inputs):
-        if not self.model.training:  # evaluation completions come from the policy itself: every weight would be 1
-            return super()._compute_loss(model, inputs)
-        # A copy, because TRL reuses its buffered micro-batches when num_iterations > 1: weights must not compound
-        self._weighted_inputs = weighted_inputs = dict(inputs)
-        try:
-            loss = super()._compute_loss(model, weighted_inputs)
-        finally:
-            self._weighted_inputs = None
-        if weighted_inputs["advantages"] is inputs["advantages"]:
-            raise RuntimeError(
-                "GRPOTrainer._compute_loss did not ask for log-probabilities through "
-                "_get_per_token_logps_and_entropies, so no influence weight was applied. This version of TRL is not "
-                "supported; see setup.cfg for those that are."
-            )
-        return loss
-
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._weighted_inputs is not None:
-            self._weight_advantages(self._weighted_inputs, per_token_logps=outputs[0].detach())
-        return outputs
-
-    def _weight_advantages(self, inputs, per_token_logps):
+    def _weight_advantages(self, inputs, per_token_logps) -> InfluenceStatistics:
         """Replace the advantages (B,) in `inputs` by `A f` (B, T), 0 for sequences that leave the policy loss."""
-        mask = inputs["completion_mask"]  # (B, T)
-        if "tool_mask" in inputs:
-            mask = mask * inputs["tool_mask"]
-        old_per_token_logps = inputs.get("old_per_token_logps")
-        if old_per_token_logps is None:  # TRL omits them where the policy is still the one that generated
-            old_per_token_logps = per_token_logps
-        log_ratio = per_token_logps - old_per_token_logps
         advantages = inputs["advantages"]
+        log_ratio, mask = self._log_ratio(inputs, per_token_logps)
         influence = influence_weights(
             log_ratio,
             advantages,
@@ -146,27 +115,20 @@ class FIPOTrainer(DAPOTrainer):
             none = torch.zeros_like(statistics.dropped_tokens)
             statistics = statistics._replace(dropped_sequences=none, dropped_tokens=none)
         inputs["advantages"] = weighted
-        self._update_statistics.append(torch.stack([value.float() for value in statistics]))
+        return statistics
 
     # The end of an update
 
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            self._finish_update()
-        return loss
-
-    def _finish_update(self):
-        """Reduce the statistics of an update over its micro-batches and ranks, and act on them."""
-        gathered = self.accelerator.gather(torch.stack(self._update_statistics))  # (ranks * micro-batches, statistics)
-        self._update_statistics = []
-        total = InfluenceStatistics(*gathered.sum(dim=0).tolist())
+    def _finish_update(self, statistics: torch.Tensor):
+        """Reduce the statistics of an update, (ranks * micro-batches, statistics), and act on them."""
+        total = InfluenceStatistics(*statistics.sum(dim=0).tolist())
         total = total._replace(
-            weight_min=gathered[:, InfluenceStatistics._fields.index("weight_min")].min().item(),
-            weight_max=gathered[:, InfluenceStatistics._fields.index("weight_max")].max().item(),
+            weight_min=statistics[:, InfluenceStatistics._fields.index("weight_min")].min().item(),
+            weight_max=statistics[:, InfluenceStatistics._fields.index("weight_max")].max().item(),
         )
         if total.tokens == 0:
             return
+        self._log_policy(total)
         self._exclude_dropped_tokens_from_mean(total)
         self._log_statistics(total)
         self._warn_if_inert(total)
@@ -196,8 +158,6 @@ class FIPOTrainer(DAPOTrainer):
             "fipo/active_fraction": total.active,
             "fipo/masked_fraction": total.masked,
             "fipo/safety_fraction": total.safety_capped,
-            "fipo/dual_clip_fraction": total.dual_clipped,
-            "fipo/policy_kl": total.policy_kl,
         }
         metrics = self._metrics["train"]
         for name, value in per_token.items():
@@ -216,7 +176,7 @@ class FIPOTrainer(DAPOTrainer):
         if self._inert_updates >= patience and not was_inert:
             logger.warning(
                 f"FIPO is not acting: in the last {self._inert_updates} updates (two generations) every influence "
-                f"weight was 1, so this run is DAPO. The policy hardly moves between updates (fipo/policy_kl), or the "
+                f"weight was 1, so this run is DAPO. The policy hardly moves between updates (policy/kl), or the "
                 f"bounds [{self.args.influence_weight_min}, {self.args.influence_weight_max}] leave no room. Check "
                 f"learning_rate={self.args.learning_rate} and warmup_steps={self.args.warmup_steps:g}."
             )

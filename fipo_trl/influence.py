@@ -43,6 +43,14 @@ class InfluenceStatistics(NamedTuple):
     weight_max: Tensor  # largest f, -inf without scored tokens
 
 
+class PolicyStatistics(NamedTuple):
+    """Those of them that do not depend on the weights."""
+
+    tokens: Tensor
+    policy_kl: Tensor
+    dual_clipped: Tensor
+
+
 @dataclass(frozen=True)
 class InfluenceWeights:
     """What FIPO knows about a batch before the loss. Everything is detached."""
@@ -138,4 +146,22 @@ def influence_weights(
         safety_capped=safety_capped,
         dual_clipped=dual_clipped,
         statistics=statistics,
+    )
+
+
+@torch.no_grad()
+def policy_statistics(log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, dual_clip: float) -> PolicyStatistics:
+    """What `influence_weights` counts of the policy, at a fraction of its cost, where nothing is weighted (DAPO).
+
+    Args:
+        log_ratio, advantages, mask, dual_clip: As for `influence_weights`.
+    """
+    scored = mask != 0
+    log_ratio = log_ratio.to(torch.promote_types(log_ratio.dtype, torch.float32))
+    log_ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).masked_fill(~scored, 0.0)
+    penalised = (advantages if advantages.dim() == 2 else advantages.unsqueeze(1)) < 0
+    return PolicyStatistics(
+        tokens=scored.sum(),
+        policy_kl=-log_ratio.sum(),
+        dual_clipped=(penalised & (log_ratio.exp() > dual_clip)).sum(),
     )

@@ -3,14 +3,16 @@
     OMP_NUM_THREADS=2 python scripts/benchmark.py future-kl
     OMP_NUM_THREADS=2 python scripts/benchmark.py update
     OMP_NUM_THREADS=2 python scripts/benchmark.py memory
+    OMP_NUM_THREADS=2 python scripts/benchmark.py monitoring
     python scripts/benchmark.py dynamic-sampling
 
 `future-kl` times Future-KL against the matrix product of the official code, a serial scan and one pass of `exp`;
 `update` times optimizer updates of TRL's GRPOTrainer and of FIPOTrainer on the same completions, of equal and of
-long-tailed lengths; `memory` measures what the influence weights add to an update; `dynamic-sampling` counts, without
-a model, how many groups are sampled for one that is trained on. All that a row compares takes turns in the same run,
-and a time is the median of these rounds. Other load spoils the times: look at `uptime` first. With `--quick` every
-subcommand takes seconds, to see that it works; its times mean nothing.
+long-tailed lengths; `memory` measures what the influence weights add to an update, `monitoring` what metrics and
+collapse alarm add; `dynamic-sampling` counts, without a model, how many groups are sampled for one that is trained on.
+All that a row compares takes turns in the same run, and a time is the median of these rounds. Other load spoils the
+times: look at `uptime` first. With `--quick` every subcommand takes seconds, to see that it works; its times mean
+nothing.
 """
 
 import argparse
@@ -34,13 +36,15 @@ from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_callback import PrinterCallback
 from trl import GRPOTrainer
 
-from fipo_trl import FIPOConfig, FIPOTrainer
+from fipo_trl import DAPOTrainer, FIPOConfig, FIPOTrainer
 from fipo_trl.dynamic_sampling import DynamicSampler, PromptStream
 from fipo_trl.future_kl import future_kl
 from fipo_trl.influence import influence_weights
 from fipo_trl.length_grouping import trim
+from fipo_trl.monitoring import CollapseAlarm
 
 
 TINY_BASE = Path(__file__).parents[1] / "recipes/tiny/base"
@@ -168,6 +172,7 @@ TRAINERS = {  # name: class, group_by_length
     "ungrouped": (FIPOTrainer, False),
     "trimmed": (TrimmingOnly, True),
 }
+MONITORED = {"FIPOTrainer": (FIPOTrainer, True), "DAPOTrainer": (DAPOTrainer, True)}
 
 
 def make_model():
@@ -195,7 +200,7 @@ class Cycle:
     """A trainer, and what it does on each generation: stubbed rollouts, the old-log-prob pass, the updates."""
 
     def __init__(self, name, distribution, micro_batch_size, args, folder):
-        trainer_class, group_by_length = TRAINERS[name]
+        trainer_class, group_by_length = (TRAINERS | MONITORED)[name]
         tokenizer = AutoTokenizer.from_pretrained(TINY_BASE, padding_side="left")
         self.lengths = make_lengths(distribution, UPDATES_PER_GENERATION * args.sequences, args.longest, args.spread)
         self.trainer = trainer_class(
@@ -275,6 +280,61 @@ def run_update(args):
         "old-log-prob pass, rewards and optimizer included.\nFIPOTrainer sorts and cuts. ungrouped: it with "
         "group_by_length=False. trimmed: micro-batches and the chunks of the\nold-log-prob pass are cut, not sorted. "
         "Not padding: share of the tokens that updates computed, in column order.",
+    )
+
+
+# monitoring
+
+
+class MonitoredCycle(Cycle):
+    """A cycle that logs a row after each update, with the collapse alarm, and adds up what monitoring takes of it.
+
+    CPU time, because other load on the machine changes a time by more than monitoring does.
+    """
+
+    def __init__(self, name, *args):
+        super().__init__(name, *args)
+        self.trainer.remove_callback(PrinterCallback)
+        self.trainer.add_callback(CollapseAlarm())
+        parts = ["_log_generation", "log"]  # `log` with what TRL does in it
+        if name == "DAPOTrainer":  # in FIPOTrainer these make the weights
+            parts += ["_weight_advantages", "_finish_update"]
+        for part in parts:
+            setattr(self.trainer, part, partial(self.clocked, getattr(self.trainer, part)))
+        self.trainer.optimizer.register_step_post_hook(lambda *_: self.trainer.log({"loss": 0.0, "grad_norm": 0.1}))
+        self.monitoring, self.all = [], []  # seconds of CPU time per cycle
+
+    def clocked(self, function, *args, **kwargs):
+        start = time.process_time()
+        result = function(*args, **kwargs)
+        self.monitoring[-1] += time.process_time() - start
+        return result
+
+    def __call__(self):
+        self.monitoring.append(0.0)
+        start = time.process_time()
+        super().__call__()
+        self.all.append(time.process_time() - start)
+
+
+def run_monitoring(args):
+    rows = []
+    for distribution, size in progress(product(args.lengths, args.micro_batches)):
+        with tempfile.TemporaryDirectory() as folder:
+            cycles = {name: MonitoredCycle(name, distribution, size, args, folder) for name in MONITORED}
+        medians(cycles, dict.fromkeys(cycles, args.rounds), args.device)
+        row = {"lengths": distribution, "micro-batch": str(size)}
+        for name, cycle in cycles.items():
+            spent, total = median(cycle.monitoring[1:]), median(cycle.all[1:])  # without the warm-up
+            row[f"{name}, ms"] = f"{1e3 * total / UPDATES_PER_GENERATION:.0f}"
+            row[f"{name}: monitoring, ms"] = f"{1e3 * spent / UPDATES_PER_GENERATION:.2f}"
+            row[f"{name}: share"] = f"{spent / total:.2%}"
+        rows.append(row)
+    report(
+        rows,
+        f"CPU time per optimizer update of {args.sequences} sequences, longest completion {args.longest} tokens, and "
+        "what monitoring takes\nof it: lengths, behaviours, counters, a logged row, collapse alarm; in DAPO, policy "
+        "KL and dual clips too. As in `update`,\nrollouts are stubbed; real ones would make the share smaller.",
     )
 
 
@@ -381,6 +441,7 @@ def report(rows: list[dict[str, str]], note: str):
 QUICK = {  # what --quick sets
     "future-kl": {"rounds": 2, "slow_rounds": 1, "shapes": ["2x300xfloat32", "2x300xbfloat16"]},
     "update": {"rounds": 1, "longest": 32, "sequences": 8, "micro_batches": [4]},
+    "monitoring": {"rounds": 1, "longest": 32, "sequences": 8, "micro_batches": [4]},
     "memory": {"rounds": 2, "slow_rounds": 1, "shapes": ["2x64", "2x300"]},
     "dynamic-sampling": {"rounds": 5, "prompts": 64},
 }
@@ -409,6 +470,7 @@ def parse(argv=None):
 
     kl = add("future-kl", run_future_kl, 60, "time of Future-KL, beside other ways to compute it")
     update = add("update", run_update, 3, "time of an optimizer update, with and without grouping by length")
+    monitoring = add("monitoring", run_monitoring, 5, "time of an optimizer update, with and without monitoring")
     memory = add("memory", run_memory, 30, "peak memory of influence_weights, and its time beside that of the model")
     sampling = add("dynamic-sampling", run_dynamic_sampling, 100, "groups sampled per group trained on")
     sampling.add_argument("--prompts", type=int, default=512, help="of a generation batch")
@@ -419,13 +481,12 @@ def parse(argv=None):
     kl.add_argument("--longest-block-sum", type=int, default=20480, help="largest T that the block sum is run on")
 
     lengths = ["equal", "long-tailed"]
-    update.add_argument("--lengths", nargs="+", choices=lengths, default=lengths, help="distributions of lengths")
-    update.add_argument("--longest", type=int, default=256, help="longest completion, in tokens")
-    update.add_argument(
-        "--spread", type=float, default=0.65, help="of long-tailed lengths: deviation of their logarithm"
-    )
-    update.add_argument("--micro-batches", nargs="+", type=int, default=[1, 4, 8], help="per_device_train_batch_size")
-    update.add_argument("--sequences", type=int, default=128, help="per update: a multiple of 4 and of micro-batches")
+    for sub, sizes in ((update, [1, 4, 8]), (monitoring, [4])):
+        sub.add_argument("--lengths", nargs="+", choices=lengths, default=lengths, help="distributions of lengths")
+        sub.add_argument("--longest", type=int, default=256, help="longest completion, in tokens")
+        sub.add_argument("--spread", type=float, default=0.65, help="of long-tailed lengths: deviation of their log")
+        sub.add_argument("--micro-batches", nargs="+", type=int, default=sizes, help="per_device_train_batch_size")
+        sub.add_argument("--sequences", type=int, default=128, help="per update: a multiple of 4 and micro-batches")
 
     shapes = "4x128 4x512 8x2048 1x20480 8x20480"
     memory.add_argument("--shapes", nargs="+", metavar="BxT", default=shapes.split(), help="inputs")

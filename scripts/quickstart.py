@@ -4,7 +4,8 @@
     make quickstart-vllm   vLLM does the rollouts, on the CPU; their speed is reported beside that of transformers
 
 The recipe is recipes/tiny/fipo.yaml (fipo_vllm.yaml), read by scripts/train_fipo.py as any other. Results go to
-outputs/quickstart: summary.json and training.png. Ctrl-C leaves a checkpoint, from which the next run goes on.
+outputs/quickstart: summary.json, training.png and the report that scripts/report.py writes. Ctrl-C leaves a
+checkpoint, from which the next run goes on.
 """
 
 import argparse
@@ -21,10 +22,11 @@ import transformers
 from make_tiny_base import sample
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
-from train_fipo import INTERRUPTED, build_trainer, parse, train
+from train_fipo import build_trainer, parse, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from fipo_trl.report import Run, write_report
 from fipo_trl.running_sums import BEHAVIOURS, behaviour, exact_answer
 
 
@@ -168,8 +170,8 @@ def main():
         print("     rollouts, tokens/s: " + ", ".join(f"{name} {speed:,.0f}" for name, speed in speeds.items()))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar())
-    if not train(trainer, checkpoint, script_args.dataset_name):
-        sys.exit(INTERRUPTED)
+    if status := train(trainer, checkpoint, script_args.dataset_name, script_args.on_collapse):
+        sys.exit(status)
 
     print("3/3  The trained model, on the same problems ...")
     trained = evaluate(trainer.model, tokenizer, problems)
@@ -186,11 +188,13 @@ def main():
     summary_path.write_text(json.dumps(summary, indent=2) + "\n")
     figure_path = options.output_dir / "training.png"
     draw(history, figure_path)
+    write_report({"FIPO": [Run(run_dir)]}, options.output_dir / "report")
     print(f"\n{table(base, trained)}\n")
     print(
         f"FIPO acted on {summary['active_fraction']:.0%} of the tokens (an influence weight other than 1), in "
         f"{summary['updates']} updates. All took {summary['seconds']:.0f} s.\n"
-        f"Curves: {figure_path}   Numbers: {summary_path}   Model: {run_dir}"
+        f"Curves: {figure_path}   All that was logged: {options.output_dir / 'report/report.html'}\n"
+        f"Numbers: {summary_path}   Model: {run_dir}"
     )
 
 

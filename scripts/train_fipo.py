@@ -47,9 +47,11 @@ from fipo_trl.data import from_dapo, is_dapo, load_problems, load_splits
 from fipo_trl.doctor import refuse_impossible
 from fipo_trl.evaluation import score
 from fipo_trl.evaluation_callback import EvaluationCallback, check_evaluation
+from fipo_trl.monitoring import CollapseAlarm
 
 
-INTERRUPTED = 130  # exit status of a run that was stopped by a signal, after it saved a checkpoint
+# Exit status of a run that saved a checkpoint and stopped: by a signal, or by the collapse alarm
+INTERRUPTED, COLLAPSED = 130, 3
 OVERLONG_PENALTIES = ("overlong_penalty", "get_soft_overlong_punishment")  # our name and TRL's of one reward
 
 
@@ -70,6 +72,13 @@ class FIPOScriptArguments(GRPOScriptArguments):
     max_prompt_length: int | None = field(
         default=None,
         metadata={"help": "Prompts of more tokens are left out. For data in the schema of DAPO-Math-17k only."},
+    )
+    on_collapse: Literal["warn", "stop"] = field(
+        default="warn",
+        metadata={
+            "help": "What to do when the run shows the signature of a collapse: 'warn' with the numbers, or also "
+            "'stop'. Either saves a checkpoint."
+        },
     )
     overlong_buffer: int | None = field(
         default=None,
@@ -488,15 +497,19 @@ def build_trainer(script_args, training_args, model_args, mixture) -> tuple[DAPO
     return trainer, checkpoint
 
 
-def train(trainer: DAPOTrainer, checkpoint: str | None, dataset_name: str | None = None) -> bool:
-    """Train, and save the model with its card.
+def train(
+    trainer: DAPOTrainer, checkpoint: str | None, dataset_name: str | None = None, on_collapse: str = "warn"
+) -> int:
+    """Train, and save the model with its card and `trainer_state.json`, from which scripts/report.py draws.
 
     Returns:
-        Whether training ran to its end. If a signal stopped it, the checkpoint is its last word.
+        The exit status: 0 if training ran to its end, else `INTERRUPTED` or `COLLAPSED`. Then the checkpoint is its
+        last word.
     """
     output_dir = trainer.args.output_dir
-    stop_on_signal = StopOnSignal()
+    stop_on_signal, alarm = StopOnSignal(), CollapseAlarm(on_collapse)
     trainer.add_callback(stop_on_signal)
+    trainer.add_callback(alarm)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.accelerator.wait_for_everyone()  # torchrun kills who still writes a checkpoint when another process exits
     if stop_on_signal.stopped:
@@ -504,13 +517,20 @@ def train(trainer: DAPOTrainer, checkpoint: str | None, dataset_name: str | None
             f"Stopped at update {trainer.state.global_step}, with a checkpoint in {output_dir}. The same command with "
             "--resume_from_checkpoint latest goes on from there."
         )
-        return False
+        return INTERRUPTED
+    if alarm.stopped:
+        trainer.accelerator.print(
+            f"Stopped at update {trainer.state.global_step} because on_collapse is 'stop': {alarm.stopped}. The "
+            f"checkpoints are in {output_dir}; start from one before update {alarm.stopped.dual_clip_update}."
+        )
+        return COLLAPSED
     trainer.save_model(output_dir)
+    trainer.save_state()
     trainer.create_model_card(dataset_name=dataset_name)
     trainer.accelerator.print(f"Trained for {trainer.state.global_step} updates. The model is in {output_dir}.")
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
-    return True
+    return 0
 
 
 def main():
@@ -525,11 +545,10 @@ def main():
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fipo_trl").setLevel(logging.INFO if training_args.process_index == 0 else logging.ERROR)
     trainer, checkpoint = build_trainer(*arguments)
-    finished = train(trainer, checkpoint, script_args.dataset_name)
+    status = train(trainer, checkpoint, script_args.dataset_name, script_args.on_collapse)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    if not finished:
-        sys.exit(INTERRUPTED)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

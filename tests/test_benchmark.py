@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
     [
         ("future-kl", ["ours, ms", "block sum, ms", "serial scan, ms", "one exp, ms"]),
         ("update", ["FIPOTrainer, s", "GRPOTrainer, s", "ungrouped, s", "trimmed, s", "not padding"]),
+        ("monitoring", ["FIPOTrainer, ms", "FIPOTrainer: share", "DAPOTrainer: monitoring, ms", "DAPOTrainer: share"]),
         ("memory", ["peak, (B, T) float32", "influence_weights, ms", "share"]),
         ("dynamic-sampling", ["keep rate", "least possible", "auto", "3x (DAPO)", "4x (FIPO)"]),
     ],

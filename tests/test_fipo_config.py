@@ -118,6 +118,8 @@ def test_grpo_config_promotion_keeps_what_the_user_set(tmp_path):
         "influence_weight_max",
         "influence_safety_ratio",
         "drop_dual_clipped_sequences",
+        "derivation_pattern",
+        "self_check_pattern",
         "group_by_length",
         "epsilon_high",
         "lr_scheduler_type",

@@ -47,9 +47,9 @@ METRICS = {
     "fipo/active_fraction",
     "fipo/masked_fraction",
     "fipo/safety_fraction",
-    "fipo/dual_clip_fraction",
+    "policy/dual_clip_fraction",
     "fipo/dropped_sequence_fraction",
-    "fipo/policy_kl",
+    "policy/kl",
 }
 
 
@@ -276,7 +276,9 @@ def test_metrics_of_one_update(tmp_path):
     trainer, inputs = moved_policy(tmp_path, scale=0.5, influence_weight_min=0.8, influence_safety_ratio=3.0)
     last_update(trainer)
     trainer.model.zero_grad()
-    metrics = {name: values for name, values in trainer._metrics["train"].items() if name.startswith("fipo/")}
+    metrics = {
+        name: values for name, values in trainer._metrics["train"].items() if name.startswith(("fipo/", "policy/"))
+    }
     assert metrics.keys() == METRICS
     assert all(len(values) == 1 for values in metrics.values())
 
@@ -295,9 +297,9 @@ def test_metrics_of_one_update(tmp_path):
         "fipo/active_fraction": ((weights - 1).abs() > 1e-4)[mask].double().mean(),
         "fipo/masked_fraction": (ratio > 10)[mask].double().mean(),
         "fipo/safety_fraction": ((ratio > 3) & negative)[mask].double().mean(),
-        "fipo/dual_clip_fraction": ((ratio > 10) & negative)[mask].double().mean(),
+        "policy/dual_clip_fraction": ((ratio > 10) & negative)[mask].double().mean(),
         "fipo/dropped_sequence_fraction": (~kept).double().mean(),
-        "fipo/policy_kl": -log_ratio[mask].mean(),
+        "policy/kl": -log_ratio[mask].mean(),
     }
     for name, value in expected.items():
         assert metrics[name][0] == pytest.approx(value.item(), rel=1e-5, abs=1e-6), name

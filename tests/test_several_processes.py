@@ -25,6 +25,8 @@ SETTINGS = {
     "influence_weight_min": 0.8,  # at 1.0 rounding would decide whether a weight of 1 is at the bound
 }
 
+LOGGED = ("fipo/", "policy/", "completions/", "behaviour/", "rollout_iteration", "optimizer_update", "grad_norm")
+
 
 def train(folder, processes, settings):
     launcher = [*LAUNCH, "--num_processes", str(processes)] if processes > 1 else [sys.executable]
@@ -66,7 +68,7 @@ def test_two_processes_equal_one(tmp_path, settings):
     steps = settings.get("gradient_accumulation_steps", 1)
     settings = SETTINGS | {"per_device_train_batch_size": 16, "steps_per_generation": steps} | settings
     one, two = (train(tmp_path, processes, settings) for processes in (1, 2))
-    rows = assert_equal(one, two, 2, names=("fipo/", "engine_mismatch/", "grad_norm"))
+    rows = assert_equal(one, two, 2, names=(*LOGGED, "engine_mismatch/"))
     assert len(rows) == settings["max_steps"]
     assert sum(row["fipo/active_fraction"] for row in rows) > 0
     assert sum(row.get("engine_mismatch/nan_tokens", 0) for row in rows) > 0
@@ -91,7 +93,7 @@ def test_dynamic_sampling_keeps_the_same_groups_on_several_processes(
         "log_completions": True,
     }
     runs = [train(tmp_path, count, settings) for count in (1, processes)]
-    rows = assert_equal(*runs, processes, names=("dynamic_sampling/", "completions/", "grad_norm"))
+    rows = assert_equal(*runs, processes, names=("dynamic_sampling/", *LOGGED))
     assert max(row.get("dynamic_sampling/rounds", 0) for row in rows) > 1
     tables = [sorted((tmp_path / f"run_on_{count}" / "completions").iterdir()) for count in (1, processes)]
     for mine, theirs in zip(*tables, strict=True):

@@ -63,6 +63,19 @@ def test_control_arm_is_grpo(tmp_path):
     assert not any(name.startswith("fipo/") for row in log_of(tmp_path, 8) for name in row)
 
 
+def test_collapse_stops_the_run_where_that_is_asked(tmp_path):
+    unstable = ["--learning_rate", 4e-3, "--num_iterations", 2, "--influence_weight_max", 10, "--logging_steps", 1]
+    run = launch(RECIPE, tmp_path, *unstable, "--max_steps", 200, "--on_collapse", "stop", check=False)
+    assert "returned non-zero exit status 3." in run.stderr  # accelerate itself exits with 1
+    assert "Stopped at update" in run.stdout
+    assert "because on_collapse is 'stop': dual-clip fraction" in run.stdout
+    last = max(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    stopped = int(last.name.split("-")[1])
+    assert stopped < 200
+    assert log_of(tmp_path, stopped)[-1]["step"] == stopped
+    assert not (tmp_path / "model.safetensors").exists()  # the checkpoint is its last word
+
+
 def test_lora_saves_an_adapter(tmp_path):
     launch("recipes/tiny/fipo_lora.yaml", tmp_path, "--max_steps", 8)
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
