@@ -295,12 +295,13 @@ class MonitoredCycle(Cycle):
     def __init__(self, name, *args):
         super().__init__(name, *args)
         self.trainer.remove_callback(PrinterCallback)
-        self.trainer.add_callback(CollapseAlarm())
-        parts = ["_log_generation", "log"]  # `log` with what TRL does in it
+        alarm = CollapseAlarm()
+        self.trainer.add_callback(alarm)
+        parts = [(self.trainer, "_log_generation"), (alarm, "on_log")]
         if name == "DAPOTrainer":  # in FIPOTrainer these make the weights
-            parts += ["_weight_advantages", "_finish_update"]
-        for part in parts:
-            setattr(self.trainer, part, partial(self.clocked, getattr(self.trainer, part)))
+            parts += [(self.trainer, "_weight_advantages"), (self.trainer, "_finish_update")]
+        for owner, part in parts:
+            setattr(owner, part, partial(self.clocked, getattr(owner, part)))
         self.trainer.optimizer.register_step_post_hook(lambda *_: self.trainer.log({"loss": 0.0, "grad_norm": 0.1}))
         self.monitoring, self.all = [], []  # seconds of CPU time per cycle
 
@@ -333,7 +334,7 @@ def run_monitoring(args):
     report(
         rows,
         f"CPU time per optimizer update of {args.sequences} sequences, longest completion {args.longest} tokens, and "
-        "what monitoring takes\nof it: lengths, behaviours, counters, a logged row, collapse alarm; in DAPO, policy "
+        "what monitoring takes\nof it: lengths, behaviours and the collapse alarm, a row per update; in DAPO, policy "
         "KL and dual clips too. As in `update`,\nrollouts are stubbed; real ones would make the share smaller.",
     )
 
