@@ -93,9 +93,7 @@ def test_dynamic_sampling_keeps_the_same_groups_on_several_processes(
         "log_completions": True,
     }
     runs = [train(tmp_path, count, settings) for count in (1, processes)]
-    rows = assert_equal(
-        *runs, processes, names=("dynamic_sampling/", "completions/", "policy/", "behaviour/", "grad_norm")
-    )
+    rows = assert_equal(*runs, processes, names=("dynamic_sampling/", "completions/", "policy/", "behaviour/"))
     assert max(row.get("dynamic_sampling/rounds", 0) for row in rows) > 1
     tables = [sorted((tmp_path / f"run_on_{count}" / "completions").iterdir()) for count in (1, processes)]
     for mine, theirs in zip(*tables, strict=True):
