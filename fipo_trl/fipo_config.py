@@ -372,14 +372,16 @@ class FIPOConfig(GRPOConfig):
             return
         if self.dynamic_sampling_oversample != "auto":
             try:
-                self.dynamic_sampling_oversample = float(self.dynamic_sampling_oversample)
+                factor = float(self.dynamic_sampling_oversample)
             except ValueError:
-                self.dynamic_sampling_oversample = math.nan
-            if not 1.0 <= self.dynamic_sampling_oversample < math.inf:
+                factor = math.nan
+            if not 1.0 <= factor < math.inf:
                 raise ValueError(
-                    "dynamic_sampling_oversample must be 'auto' or a factor of at least 1: a round samples so many "
-                    "generation batches of prompts. Set 'auto', 4.0 (the paper's FIPO runs) or 3.0 (DAPO)."
+                    f"dynamic_sampling_oversample={self.dynamic_sampling_oversample} must be 'auto' or a factor of at "
+                    "least 1: a round samples so many generation batches of prompts. Set 'auto', 4.0 (the paper's "
+                    "FIPO runs) or 3.0 (DAPO)."
                 )
+            self.dynamic_sampling_oversample = factor
         if self.dynamic_sampling_max_rounds < 1:
             raise ValueError(
                 f"dynamic_sampling_max_rounds={self.dynamic_sampling_max_rounds} must be at least 1. Set 10 (the "

@@ -87,6 +87,28 @@ def test_one_update_per_generation_is_refused(tmp_path, settings, arithmetic):
     make_args(tmp_path, **settings, influence_weight_min=1.0, influence_weight_max=1.0)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dynamic_sampling_oversample": "4"}, "dynamic_sampling_oversample=4 does nothing without dynamic_sampling"),
+        ({"dynamic_sampling_strict": True}, "dynamic_sampling_strict=True does nothing"),
+        ({"dynamic_sampling": True, "dynamic_sampling_oversample": 0.5}, "oversample=0.5 must be 'auto' or a factor"),
+        ({"dynamic_sampling": True, "dynamic_sampling_oversample": "much"}, "oversample=much must be 'auto' or"),
+        ({"dynamic_sampling": True, "dynamic_sampling_oversample": "inf"}, "oversample=inf must be 'auto' or"),
+        ({"dynamic_sampling": True, "dynamic_sampling_max_rounds": 0}, "max_rounds=0 must be at least 1"),
+    ],
+)
+def test_dynamic_sampling_settings_are_checked(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_args(tmp_path, **settings)
+
+
+def test_dynamic_sampling_factor_may_come_as_text(tmp_path):
+    args = make_args(tmp_path, dynamic_sampling=True, dynamic_sampling_oversample="3")
+    assert args.dynamic_sampling_oversample == 3.0
+    assert make_args(tmp_path, dynamic_sampling=True).dynamic_sampling_oversample == "auto"
+
+
 def test_fipo_can_be_switched_off(tmp_path):
     assert make_args(tmp_path, influence_weight_min=1.0, influence_weight_max=1.0).fipo_is_off
     assert not make_args(tmp_path).fipo_is_off
