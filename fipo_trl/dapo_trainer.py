@@ -38,11 +38,8 @@ class DAPOTrainer(GRPOTrainer):
     bit.
 
     Args:
-        model, reward_funcs, train_dataset, ...:
-            As for [`~trl.GRPOTrainer`].
-        args ([`FIPOConfig`] or [`~trl.GRPOConfig`], *optional*):
-            Configuration of this trainer. A [`~trl.GRPOConfig`] is promoted, see [`FIPOConfig.from_grpo_config`], and
-            the values adopted are logged. If `None`, a default [`FIPOConfig`] is used.
+        model, reward_funcs, args, train_dataset, ...:
+            As for [`FIPOTrainer`]. Settings of the influence weights are not read.
     """
 
     _tag_names = ["trl", "dapo"]

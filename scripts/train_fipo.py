@@ -11,6 +11,7 @@ flags win. An unknown one is an error. Ctrl-C (or a job scheduler's SIGTERM) sav
 
 import argparse
 import difflib
+import gc
 import importlib
 import inspect
 import logging
@@ -547,6 +548,10 @@ def main():
     trainer, checkpoint = build_trainer(*arguments)
     status = train(trainer, checkpoint, script_args.dataset_name, script_args.on_collapse)
     if torch.distributed.is_initialized():
+        # The model that DDP wraps goes first. If it held the last reference to the process group, torch would wait for
+        # gloo's thread while it holds Python's lock, for which that thread may wait
+        del trainer
+        gc.collect()
         torch.distributed.destroy_process_group()
     sys.exit(status)
 

@@ -1,5 +1,6 @@
 """A language model of 3,000 weights, completions that the seed fixes, and a trainer around them."""
 
+import gc
 import random
 
 import torch
@@ -128,6 +129,12 @@ def token_logps(model, inputs):
     length = inputs["completion_ids"].shape[1]
     logps = logits[:, -length - 1 : -1].log_softmax(dim=-1)
     return logps.gather(2, inputs["completion_ids"].unsqueeze(2)).squeeze(2)
+
+
+def leave_process_group():
+    """As scripts/train_fipo.py does, which says why. The trainer must not be referred to any more."""
+    gc.collect()
+    torch.distributed.destroy_process_group()
 
 
 def parameters(trainer):

@@ -6,10 +6,11 @@ order in which TRL deals them.
 
 import json
 import sys
+import weakref
 
 import torch
 from accelerate import PartialState
-from tiny import longer_is_better, make_trainer, parameters, right_for_some, scored_rollouts
+from tiny import leave_process_group, longer_is_better, make_trainer, parameters, right_for_some, scored_rollouts
 
 
 def main(result, output_dir, settings):
@@ -22,9 +23,12 @@ def main(result, output_dir, settings):
     if trainer.accelerator.is_main_process:
         log = trainer.state.log_history
         torch.save({"world_size": world_size, "parameters": parameters(trainer), "log": log}, result)
-    if world_size > 1:  # a rank that exits while another still talks to it would abort that one
-        trainer.accelerator.wait_for_everyone()
-        torch.distributed.destroy_process_group()
+    if world_size > 1:
+        trainer.accelerator.wait_for_everyone()  # who exits while another still talks to him would abort that one
+        wrapped = weakref.ref(trainer.model_wrapped)
+        del trainer
+        leave_process_group()
+        assert wrapped() is None
 
 
 if __name__ == "__main__":
