@@ -21,6 +21,8 @@ TORCH := torch==$(TORCH_VERSION)$(if $(filter gpu,$(VLLM)),,$(if $(filter Linux,
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps
 
+APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::http::Timeout=20 -o Acquire::Retries=0
+
 # One thread per process: a model this small is no faster with more, and much slower where processes share the cores
 ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
@@ -49,8 +51,8 @@ quickstart-vllm: $(INSTALLED)
 
 # The page of scripts/token_credit.py is tested in a real browser
 test: $(INSTALLED)
-	@command -v chromium chromium-browser google-chrome >/dev/null \
-		|| { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } >/dev/null 2>&1 \
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
+		|| { $(APT) update && $(APT) install -y --no-install-recommends chromium; } >/dev/null 2>&1 \
 		|| echo "No Chromium, and no way to install it: tests of the token credit page will be skipped"
 	@$(ENV) $(BIN)/python -m pytest -n 2
 
