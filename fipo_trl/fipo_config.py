@@ -73,6 +73,10 @@ class FIPOConfig(GRPOConfig):
         self_check_pattern (`str`, *optional*):
             Regular expression for the beginning of a self-check, counted after the first such step. Defaults to
             English phrases: "wait", "let me verify", "another way", ...
+        token_credit_every (`int`, *optional*):
+            Every so many generations, store the weights, Future-KL and log-ratios of the tokens of up to 64
+            completions under `output_dir/token_credit`, for scripts/token_credit.py to show. `None` or 0 stores
+            nothing.
 
         > Parameters of speed
 
@@ -81,13 +85,6 @@ class FIPOConfig(GRPOConfig):
             longest prompt and completion, in place of random ones padded to the longest of the whole generation. The
             update is the same up to rounding. Where the loss depends on which completions share a micro-batch, they
             are cut only; batches with images are left alone. The reason is logged.
-
-        > Parameters of monitoring
-
-        token_credit_every (`int`, *optional*):
-            Every so many generations, store the weights, Future-KL and log-ratios of the tokens of up to 64
-            completions under `output_dir/token_credit`, for scripts/token_credit.py to show. `None` or 0 stores
-            nothing.
 
         > Inherited parameters with another default
 

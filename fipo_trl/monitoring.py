@@ -8,6 +8,7 @@ Source: https://arxiv.org/abs/2603.19835, figures 3 to 5 and 9.
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -15,6 +16,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig
 
 
@@ -41,6 +44,17 @@ PATIENCE = 20  # rows after a spike of dual clips in which the rest of the signa
 HISTORY = 100  # rows before it that say what is usual
 SIGNATURE = ("policy/dual_clip_fraction", "policy/kl", "grad_norm")  # in the order in which they spike
 MEAN_LENGTH = "completions/mean_length"
+
+
+def latest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint of a run that is whole, or `None`.
+
+    The trainer's state is written last: without it, a process was killed while it saved.
+    """
+    states = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+    updates = {state.parent.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"): state.parent for state in states}
+    last = max((number for number in updates if number.isdecimal()), key=int, default=None)
+    return updates.get(last)
 
 
 # Metrics of a generation
@@ -208,7 +222,7 @@ class CollapseAlarm(TrainerCallback):
         if missing := [name for name in SIGNATURE if name not in logs]:
             self._silent = True
             logger.warning(
-                f"CollapseAlarm is off, for {' and '.join(missing)} is not logged: fipo/* needs FIPOTrainer or "
+                f"CollapseAlarm is off, for {' and '.join(missing)} is not logged: policy/* needs FIPOTrainer or "
                 "DAPOTrainer, and grad_norm needs max_grad_norm > 0."
             )
             return

@@ -16,9 +16,8 @@ from pathlib import Path
 from statistics import mean
 
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
-from fipo_trl.monitoring import BEHAVIOURS, HISTORY, PATIENCE, Collapse, collapse_at
+from fipo_trl.monitoring import BEHAVIOURS, HISTORY, PATIENCE, Collapse, collapse_at, latest_checkpoint
 
 
 try:
@@ -104,8 +103,7 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
-        files = [Path(place) / TRAINER_STATE_NAME for place in (folder, checkpoint) if place]
+        files = [place / TRAINER_STATE_NAME for place in (folder, latest_checkpoint(folder)) if place]
         try:
             states = [json.loads(file.read_text()) for file in files if file.is_file()]
         except ValueError as error:
@@ -169,7 +167,7 @@ def find_arms(arguments: list[str]) -> dict[str, list[Run]]:
 
 
 def is_run(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / TRAINER_STATE_NAME).is_file() or get_last_checkpoint(folder) is not None)
+    return (folder / TRAINER_STATE_NAME).is_file() or latest_checkpoint(folder) is not None
 
 
 def draw(panels: dict[str, str], arms: dict[str, list[Run]], clock: str) -> bytes:

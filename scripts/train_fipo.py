@@ -20,7 +20,6 @@ import shlex
 import signal
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
@@ -28,7 +27,6 @@ import torch
 import yaml
 from transformers import AutoTokenizer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -48,7 +46,7 @@ from fipo_trl.data import from_dapo, is_dapo, load_problems, load_splits
 from fipo_trl.doctor import refuse_impossible
 from fipo_trl.evaluation import score
 from fipo_trl.evaluation_callback import EvaluationCallback, check_evaluation
-from fipo_trl.monitoring import CollapseAlarm
+from fipo_trl.monitoring import CollapseAlarm, latest_checkpoint
 
 
 # Exit status of a run that saved a checkpoint and stopped: by a signal, or by the collapse alarm
@@ -370,9 +368,7 @@ def vllm_server_command(training_args: FIPOConfig, model_args: ModelConfig) -> s
 
 def find_checkpoint(training_args: FIPOConfig) -> str | None:
     """The checkpoint to resume from. An output folder with the checkpoints of another run is not overwritten."""
-    # The trainer's state is written last: without it, a process was killed while it saved
-    states = Path(training_args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
-    latest = max((str(state.parent) for state in states), key=lambda path: int(path.split("-")[-1]), default=None)
+    latest = latest_checkpoint(training_args.output_dir)
     wanted = training_args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         if latest:
@@ -386,7 +382,7 @@ def find_checkpoint(training_args: FIPOConfig) -> str | None:
             raise ValueError(
                 f"resume_from_checkpoint={wanted}, but output_dir={training_args.output_dir} holds no checkpoint."
             )
-        wanted = latest
+        wanted = str(latest)
     if not os.path.isdir(wanted):
         raise ValueError(f"resume_from_checkpoint={wanted}: there is no such folder.")
     done = TrainerState.load_from_json(os.path.join(wanted, TRAINER_STATE_NAME)).global_step

@@ -41,6 +41,8 @@ def test_the_newest_state_is_read(tmp_path):
     write_run(tmp_path / "run", rows[:1], checkpoint=1)
     write_run(tmp_path / "run", rows[:3], checkpoint=10)  # after 1 in numbers, before 2 in letters
     write_run(tmp_path / "run", rows[:2], checkpoint=2)
+    (tmp_path / "run" / "checkpoint-11").mkdir()  # killed while it saved: no state
+    write_run(tmp_path / "run", rows[:2], checkpoint="best")  # somebody's own
     assert len(Run(tmp_path / "run").rows) == 3
     (tmp_path / "run" / "trainer_state.json").write_text(json.dumps({"global_step": 4, "log_history": rows}))
     assert len(Run(tmp_path / "run").rows) == 4
