@@ -30,6 +30,9 @@ class FIPOConfig(GRPOConfig):
         future_kl_half_life (`float`, *optional*, defaults to `32.0`):
             Half-life of Future-KL, in tokens: a token this far ahead counts half. τ in the paper (eq. 6). `inf`
             discounts nothing.
+        future_kl_participation_mask (`bool`, *optional*, defaults to `True`):
+            Whether tokens with a probability ratio above `delta` are left out of Future-KL (eq. 5). `False` is the
+            paper's ablation; its run collapsed.
         influence_weight_min (`float`, *optional*, defaults to `1.0`):
             Lower bound of the influence weight, absolute, not an offset from 1. The paper's 1 - ε_f,low (eq. 7): 1.0
             at 32B, 0.8 at 7B.
@@ -113,6 +116,13 @@ class FIPOConfig(GRPOConfig):
     future_kl_half_life: float = field(
         default=32.0,
         metadata={"help": "Half-life of Future-KL in tokens: a token this far ahead counts half (paper: tau)."},
+    )
+    future_kl_participation_mask: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether tokens with a probability ratio above delta are left out of Future-KL. False is the "
+            "paper's ablation; its run collapsed."
+        },
     )
     influence_weight_min: float = field(
         default=1.0,

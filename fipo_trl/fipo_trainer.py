@@ -102,6 +102,7 @@ class FIPOTrainer(DAPOTrainer):
             weight_max=self.args.influence_weight_max,
             dual_clip=self.args.delta,
             safety_ratio=self.args.influence_safety_ratio,
+            participation_mask=self.args.future_kl_participation_mask,
         )
         if self._token_credit is not None:
             self._token_credit.record(self._step, self.state.global_step + 1, inputs, log_ratio, influence)

@@ -36,7 +36,7 @@ class InfluenceStatistics(NamedTuple):
     active: Tensor  # count of |f - 1| > ACTIVE_DISTANCE
     low_clipped: Tensor  # count of f at weight_min, after the safety cap, as the official code counts
     high_clipped: Tensor  # count of f at weight_max, likewise
-    masked: Tensor  # count of r > c: tokens that take no part in Future-KL
+    masked: Tensor  # count of tokens that take no part in Future-KL: r > c
     safety_capped: Tensor  # count of A < 0 and r > s
     dual_clipped: Tensor  # count of A < 0 and r > c
     weight_min: Tensor  # smallest f, +inf without scored tokens
@@ -58,7 +58,7 @@ class InfluenceWeights:
     weights: Tensor  # (B, T) f, the factor on each token's advantage
     future_kl: Tensor  # (B, T) F
     kept: Tensor  # (B,) bool, False where the sequence leaves the loss
-    masked: Tensor  # (B, T) bool, r > c: takes no part in Future-KL
+    masked: Tensor  # (B, T) bool, takes no part in Future-KL: r > c, nowhere without the participation mask
     safety_capped: Tensor  # (B, T) bool, A < 0 and r > s
     dual_clipped: Tensor  # (B, T) bool, A < 0 and r > c
     statistics: InfluenceStatistics
@@ -75,6 +75,7 @@ def influence_weights(
     weight_max: float = 1.2,
     dual_clip: float = 10.0,
     safety_ratio: float = 10.0,
+    participation_mask: bool = True,
 ) -> InfluenceWeights:
     """Weight each token by the shift of the policy on all that follows it.
 
@@ -88,6 +89,8 @@ def influence_weights(
         dual_clip: c. A token with a ratio above it takes no part in Future-KL (paper eq. 5), and where A < 0 it is
             dual-clipped; a sequence in which more than one token is so leaves the loss.
         safety_ratio: s. Where A < 0 and the ratio exceeds it, f is clipped to [0.8, 1.0].
+        participation_mask: Whether tokens with a ratio above c are left out of Future-KL. The paper's ablation leaves
+            them in; the dual clip and the sequence drop stay.
 
     Returns:
         The weights, Future-KL, the sequences kept, and statistics, in float64 for float64 log-ratios, else float32.
@@ -116,7 +119,8 @@ def influence_weights(
     safety_capped = penalised & (ratio > safety_ratio)
     kept = dual_clipped.sum(dim=1) <= 1
 
-    kl = future_kl(log_ratio, ~too_far, half_life=half_life)
+    masked = too_far if participation_mask else torch.zeros_like(too_far)
+    kl = future_kl(log_ratio, ~masked, half_life=half_life)
     weights = kl.exp().clamp(weight_min, weight_max)
     weights = torch.where(safety_capped, weights.clamp(*SAFETY_RANGE), weights)
 
@@ -132,7 +136,7 @@ def influence_weights(
         active=(scored & ((weights - 1.0).abs() > ACTIVE_DISTANCE)).sum(),
         low_clipped=(scored & (weights <= weight_min)).sum(),
         high_clipped=(scored & (weights >= weight_max)).sum(),
-        masked=too_far.sum(),
+        masked=masked.sum(),
         safety_capped=safety_capped.sum(),
         dual_clipped=dual_clipped.sum(),
         weight_min=weights.masked_fill(~scored, torch.inf).amin(),
@@ -142,7 +146,7 @@ def influence_weights(
         weights=weights,
         future_kl=kl,
         kept=kept,
-        masked=too_far,
+        masked=masked,
         safety_capped=safety_capped,
         dual_clipped=dual_clipped,
         statistics=statistics,

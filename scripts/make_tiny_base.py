@@ -1,6 +1,7 @@
-"""Rebuilds the tiny base model and its problems: recipes/tiny/base/ and recipes/tiny/data/.
+"""Rebuilds the tiny base models and their problems: base/ and data/ of recipes/tiny/, or of recipes/tiny/study/.
 
     python scripts/make_tiny_base.py
+    python scripts/make_tiny_base.py --min_digits 7 --max_digits 9 --output recipes/tiny/study
 
 The base is a Qwen2 of two layers that has read a teacher's answers to running sums (`fipo_trl.running_sums`). It first
 learns from clean single chains how to add, then from checked chains how to walk again, and last from a mixture of
@@ -32,9 +33,8 @@ from fipo_trl.running_sums import (
 
 
 PAD, EOS = "<pad>", "<eos>"
-MIN_DIGITS, MAX_DIGITS = 4, 6  # of the problems in recipes/tiny/data/
 TEST_ROWS, TRAIN_ROWS = 200, 2000
-MAX_TOKENS = 256  # of a prompt and its answer; the teacher's longest is 109
+MAX_TOKENS = 256  # of a prompt and its answer; the teacher's longest is 109, with 9 digits 160
 BATCH_SIZE = 64  # answers per optimizer step
 LEARNING_RATE = 4e-3  # at its peak
 
@@ -49,18 +49,20 @@ class Phase(NamedTuple):
     shares: dict[int, float]
 
 
-PHASES = (
-    Phase("clean chains", 400, 1, 0.0, {1: 1.0}),  # short problems teach adding in half the steps
-    Phase("checks", 450, 1, 0.18, {3: 1.0}),
-    Phase("mixture", 350, MIN_DIGITS, 0.18, {0: 0.40, 1: 0.35, 2: 0.12, 3: 0.13}),
-)
+def phases(min_digits: int) -> tuple[Phase, ...]:
+    """The lessons before problems of at least so many digits."""
+    return (
+        Phase("clean chains", 400, 1, 0.0, {1: 1.0}),  # short problems teach adding in half the steps
+        Phase("checks", 450, 1, 0.18, {3: 1.0}),
+        Phase("mixture", 350, min_digits, 0.18, {0: 0.40, 1: 0.35, 2: 0.12, 3: 0.13}),
+    )
 
 
-def write_data(rng: Random, folder: Path) -> list[str]:
+def write_data(rng: Random, folder: Path, min_digits: int, max_digits: int) -> list[str]:
     """Writes train.jsonl and test.jsonl, with no prompt twice, and returns the prompts of the latter."""
     problems: dict[str, None] = {}  # a set that keeps its order
     while len(problems) < TEST_ROWS + TRAIN_ROWS:
-        problems[make_problem(rng, MIN_DIGITS, MAX_DIGITS)] = None
+        problems[make_problem(rng, min_digits, max_digits)] = None
     test, train = list(problems)[:TEST_ROWS], list(problems)[TEST_ROWS:]
     folder.mkdir(parents=True, exist_ok=True)
     for name, prompts in (("train", train), ("test", test)):
@@ -112,7 +114,7 @@ def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     return model
 
 
-def train(model, tokenizer, rng: Random, held_out: set[str], phase: Phase) -> None:
+def train(model, tokenizer, rng: Random, held_out: set[str], phase: Phase, max_digits: int) -> None:
     """Trains one phase on completion tokens only, on no held-out prompt; the learning rate warms up, then decays."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -122,7 +124,7 @@ def train(model, tokenizer, rng: Random, held_out: set[str], phase: Phase) -> No
     for step in range(1, phase.steps + 1):
         prompts, answers = [], []
         while len(prompts) < BATCH_SIZE:
-            prompt = make_problem(rng, phase.min_digits, MAX_DIGITS)
+            prompt = make_problem(rng, phase.min_digits, max_digits)
             if prompt in held_out:
                 continue
             max_walks = rng.choices(list(phase.shares), list(phase.shares.values()))[0]
@@ -193,17 +195,19 @@ def report(prompts: list[str], completions: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("recipes/tiny"), help="folder for base/ and data/")
+    parser.add_argument("--min_digits", type=int, default=4, help="of a problem (4; the study's: 7)")
+    parser.add_argument("--max_digits", type=int, default=6, help="of a problem (6; the study's: 9)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the problems and the samples")
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # the order of additions, and so the bytes, must not depend on the number of cores
     torch.manual_seed(args.seed)
     rng = Random(args.seed)
-    test = write_data(rng, args.output / "data")
+    test = write_data(rng, args.output / "data", args.min_digits, args.max_digits)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    for phase in PHASES:
-        train(model, tokenizer, rng, set(test), phase)
+    for phase in phases(args.min_digits):
+        train(model, tokenizer, rng, set(test), phase, args.max_digits)
     model.save_pretrained(args.output / "base")
     tokenizer.save_pretrained(args.output / "base")
     report(*sample(model.eval(), tokenizer, test, samples=8))

@@ -104,13 +104,15 @@ def test_bad_arguments():
         worked_answer(Random(0), "a1=", 1, slip=1.5)
 
 
-def test_shipped_data_and_tokenizer_are_what_the_script_writes(tmp_path):
-    make_tiny_base.write_data(Random(0), tmp_path)
+@pytest.mark.parametrize(("folder", "digits"), [("tiny", (4, 6)), ("tiny/study", (7, 9))])
+def test_shipped_data_and_tokenizer_are_what_the_script_writes(tmp_path, folder, digits):
+    shipped = ROOT / "recipes" / folder
+    make_tiny_base.write_data(Random(0), tmp_path, *digits)
     for name in ("train.jsonl", "test.jsonl"):
-        assert (tmp_path / name).read_bytes() == (ROOT / "recipes" / "tiny" / "data" / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (shipped / "data" / name).read_bytes()
     make_tiny_base.make_tokenizer().save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / name).read_text() == (ROOT / "recipes" / "tiny" / "base" / name).read_text()
+        assert (tmp_path / name).read_text() == (shipped / "base" / name).read_text()
 
 
 def test_tokenizer_has_one_token_per_character():

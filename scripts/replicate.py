@@ -1,0 +1,193 @@
+"""Run a comparison of FIPO with DAPO, all arms and seeds, and write what came out.
+
+    python scripts/replicate.py --study tiny --jobs 2
+    python scripts/replicate.py --study tiny --seeds 1 --arms DAPO "FIPO [1.0, 1.2]"
+
+Each run is scripts/train_fipo.py, then scripts/evaluate.py, in OUTPUT_DIR/STUDY/ARM/seed-N, one CPU thread each. Ctrl-C
+saves a checkpoint of those in progress; the same command goes on from there, and passes over what is done. The end is
+results.json, figures and the table in OUTPUT_DIR/STUDY: means over the seeds with 95% intervals, and differences to
+DAPO, seed by seed.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm.auto import tqdm
+from train_fipo import INTERRUPTED
+
+from fipo_trl.monitoring import latest_checkpoint
+
+
+class Study(NamedTuple):
+    """Arms that are compared, the first of which is the control; what a run is evaluated by; and the usual seeds."""
+
+    arms: dict[str, list[str]]  # arguments of train_fipo.py
+    evaluation: list[str]  # arguments of evaluate.py
+    seeds: range
+
+
+TINY = ["--config", "recipes/tiny/fipo_study.yaml"]
+# As in the paper's ablations, which are of its 7B run: they vary FIPO with the bounds [0.8, 1.2]
+WIDE = [*TINY, "--influence_weight_min", "0.8"]
+STUDIES = {
+    "tiny": Study(
+        arms={
+            "DAPO": [*TINY, "--trainer", "grpo"],
+            "FIPO [1.0, 1.2]": TINY,
+            "FIPO [0.8, 1.2]": WIDE,
+            "no participation mask": [*WIDE, "--future_kl_participation_mask", "false"],
+            "half-life 8": [*WIDE, "--future_kl_half_life", "8"],
+            "half-life 128": [*WIDE, "--future_kl_half_life", "128"],
+        },
+        evaluation=[
+            *("--dataset", "recipes/tiny/study/data", "--reward", "fipo_trl.running_sums.exact_answer"),
+            *("--max_tokens", "192", "--top_p", "1.0"),
+        ],
+        seeds=range(1, 6),
+    ),
+}
+
+
+class Interrupted(Exception):
+    """A run saved a checkpoint because it was told to stop."""
+
+
+class Commands:
+    """Runs other scripts of this folder, and stops them together. A terminal's Ctrl-C does not reach them."""
+
+    def __init__(self):
+        self.stopping = False
+        self.lock = threading.Lock()
+        self.running: set[subprocess.Popen] = set()
+
+    def run(self, script: str, arguments: list[str], log: Path):
+        """Run it to its end, with its output appended to the log.
+
+        Raises:
+            Interrupted: if it was stopped.
+            RuntimeError: if it failed, with the end of its output.
+        """
+        command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        with open(log, "ab") as file:
+            with self.lock:
+                if self.stopping:
+                    raise Interrupted
+                process = subprocess.Popen(
+                    command, stdout=file, stderr=file, env=environment, start_new_session=True
+                )
+                self.running.add(process)
+            status = process.wait()
+            self.running.discard(process)
+        if self.stopping and status:
+            raise Interrupted
+        if status == INTERRUPTED:
+            raise Interrupted
+        if status:
+            raise RuntimeError(f"{script} ended with exit status {status}. The end of {log}:\n{tail(log)}")
+
+    def stop(self):
+        with self.lock:
+            self.stopping = True
+            for process in self.running:
+                process.send_signal(signal.SIGINT)
+
+
+def tail(log: Path, lines: int = 15) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def folder_of(root: Path, arm: str, seed: int) -> Path:
+    return root / re.sub(r"[^\w.-]+", "-", arm).strip("-") / f"seed-{seed}"
+
+
+def check_same(folder: Path, arguments: dict):
+    """Refuse a folder with the run of other arguments or another recipe: its results would pass for these."""
+    path = folder / "arguments.json"
+    if path.exists() and json.loads(path.read_text()) != arguments:
+        raise ValueError(
+            f"{folder} holds a run of other arguments or of another recipe (see its arguments.json). Delete it, or give "
+            "another --output_dir."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(arguments, indent=2) + "\n")
+
+
+def arguments_of(study: Study, arm: str, seed: int) -> dict:
+    """All that says what a run is: the arguments of its two commands, and the recipe."""
+    train = study.arms[arm]
+    recipe = Path(train[train.index("--config") + 1])
+    return {
+        "train": [*train, "--seed", str(seed)],
+        "evaluate": study.evaluation,
+        "recipe_sha256": hashlib.sha256(recipe.read_bytes()).hexdigest()[:16],
+    }
+
+
+def run_one(commands: Commands, folder: Path, arguments: dict):
+    """Train and evaluate, as far as it is not done yet."""
+    run, log = folder / "run", folder / "log.txt"
+    if not (run / "trainer_state.json").exists():
+        resume = ["--resume_from_checkpoint", "latest"] if latest_checkpoint(run) else []
+        own = ["--output_dir", str(run), "--disable_tqdm", "true"]
+        commands.run("train_fipo.py", [*arguments["train"], *own, *resume], log)
+    if not list(folder.glob("evaluation/*/summary.json")):
+        own = ["--model", str(run), "--output_dir", str(folder / "evaluation")]
+        commands.run("evaluate.py", [*arguments["evaluate"], *own], log)
+
+
+def run_study(study: Study, root: Path, arms: list[str], seeds: list[int], jobs: int):
+    """Run all that is not done. Seeds come first: while it runs, all arms have about as many."""
+    runs = {(seed, arm): arguments_of(study, arm, seed) for seed in seeds for arm in arms}
+    for (seed, arm), arguments in runs.items():
+        check_same(folder_of(root, arm, seed), arguments)
+    commands = Commands()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: commands.stop())
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), desc=root.name, unit="run") as bar:
+        futures = {
+            pool.submit(run_one, commands, folder_of(root, arm, seed), arguments): f"{arm}, seed {seed}"
+            for (seed, arm), arguments in runs.items()
+        }
+        for future in as_completed(futures):
+            error = future.exception()
+            if isinstance(error, Exception) and not isinstance(error, Interrupted):
+                commands.stop()
+                pool.shutdown(cancel_futures=True)
+                raise RuntimeError(f"{futures[future]}: {error}") from error
+            bar.update()
+            bar.set_postfix_str(futures[future])
+    if commands.stopping:
+        raise Interrupted
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", choices=STUDIES, required=True)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, a CPU core each (1)")
+    parser.add_argument("--arms", nargs="+", help="some of the arms, by name (all)")
+    parser.add_argument("--seeds", nargs="+", type=int, help="(those of the study)")
+    parser.add_argument("--output_dir", type=Path, default="outputs/replicate", help="(outputs/replicate)")
+    options = parser.parse_args()
+    study = STUDIES[options.study]
+    run_study(
+        study,
+        options.output_dir / options.study,
+        options.arms or list(study.arms),
+        options.seeds or list(study.seeds),
+        options.jobs,
+    )
+
+
+if __name__ == "__main__":
+    main()
