@@ -3,10 +3,10 @@
     python scripts/replicate.py --study tiny --jobs 2
     python scripts/replicate.py --study tiny --seeds 1 --arms DAPO "FIPO [1.0, 1.2]"
 
-Each run is scripts/train_fipo.py, then scripts/evaluate.py, in OUTPUT_DIR/STUDY/ARM/seed-N, one CPU thread each. Ctrl-C
-saves a checkpoint of those in progress; the same command goes on from there, and passes over what is done. The end is
-results.json, figures and the table in OUTPUT_DIR/STUDY: means over the seeds with 95% intervals, and differences to
-DAPO, seed by seed.
+Each run is scripts/train_fipo.py, then scripts/evaluate.py, in OUTPUT_DIR/STUDY/ARM/seed-N, one CPU thread each.
+Ctrl-C saves a checkpoint of those in progress; the same command goes on from there, and passes over what is done. At
+the end results.json, tables.md and figures are in OUTPUT_DIR/STUDY: means over the seeds with 95% intervals, and
+differences to DAPO, seed by seed.
 """
 
 import argparse
@@ -19,13 +19,16 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm.auto import tqdm
-from train_fipo import INTERRUPTED
+from train_fipo import INTERRUPTED, parse
 
+from fipo_trl.comparison import compare, draw_differences, metrics_of, table
 from fipo_trl.monitoring import latest_checkpoint
+from fipo_trl.report import Run, draw, write_report
 
 
 class Study(NamedTuple):
@@ -34,8 +37,17 @@ class Study(NamedTuple):
     arms: dict[str, list[str]]  # arguments of train_fipo.py
     evaluation: list[str]  # arguments of evaluate.py
     seeds: range
+    differences: tuple[str, ...]  # metrics whose differences to the control are drawn
 
 
+# Drawn for the control and the two arms after it
+CURVES = {
+    "reward": "reward",
+    "completions/mean_length": "mean length, tokens",
+    "grad_norm": "gradient norm",
+    "policy/kl": "policy KL, nats",
+    "fipo/influence_weight/mean": "influence weight",
+}
 TINY = ["--config", "recipes/tiny/fipo_study.yaml"]
 # As in the paper's ablations, which are of its 7B run: they vary FIPO with the bounds [0.8, 1.2]
 WIDE = [*TINY, "--influence_weight_min", "0.8"]
@@ -54,6 +66,7 @@ STUDIES = {
             *("--max_tokens", "192", "--top_p", "1.0"),
         ],
         seeds=range(1, 6),
+        differences=("avg@32", "mean_length", "updates_to_80", "grad_norm"),
     ),
 }
 
@@ -67,7 +80,7 @@ class Commands:
 
     def __init__(self):
         self.stopping = False
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a signal may come while this thread holds it
         self.running: set[subprocess.Popen] = set()
 
     def run(self, script: str, arguments: list[str], log: Path):
@@ -83,24 +96,21 @@ class Commands:
             with self.lock:
                 if self.stopping:
                     raise Interrupted
-                process = subprocess.Popen(
-                    command, stdout=file, stderr=file, env=environment, start_new_session=True
-                )
+                process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
                 self.running.add(process)
             status = process.wait()
             self.running.discard(process)
-        if self.stopping and status:
-            raise Interrupted
-        if status == INTERRUPTED:
+        if status == INTERRUPTED or (status and self.stopping):
             raise Interrupted
         if status:
             raise RuntimeError(f"{script} ended with exit status {status}. The end of {log}:\n{tail(log)}")
 
     def stop(self):
         with self.lock:
-            self.stopping = True
-            for process in self.running:
-                process.send_signal(signal.SIGINT)
+            if not self.stopping:  # a second signal would end them without a checkpoint
+                self.stopping = True
+                for process in self.running:
+                    process.send_signal(signal.SIGINT)
 
 
 def tail(log: Path, lines: int = 15) -> str:
@@ -116,8 +126,8 @@ def check_same(folder: Path, arguments: dict):
     path = folder / "arguments.json"
     if path.exists() and json.loads(path.read_text()) != arguments:
         raise ValueError(
-            f"{folder} holds a run of other arguments or of another recipe (see its arguments.json). Delete it, or give "
-            "another --output_dir."
+            f"{folder} holds a run of other arguments or of another recipe (see its arguments.json). Delete it, or "
+            "give another --output_dir."
         )
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(arguments, indent=2) + "\n")
@@ -144,6 +154,43 @@ def run_one(commands: Commands, folder: Path, arguments: dict):
     if not list(folder.glob("evaluation/*/summary.json")):
         own = ["--model", str(run), "--output_dir", str(folder / "evaluation")]
         commands.run("evaluate.py", [*arguments["evaluate"], *own], log)
+
+
+def summarise(study: Study, root: Path, arms: list[str], seeds: list[int]) -> str:
+    """Write results.json, the figures and report.html of finished runs; returns the tables, in Markdown."""
+    metrics, drawn = {}, {}
+    for arm in arms:
+        _, args, _, _ = parse(study.arms[arm])
+        folders = {seed: folder_of(root, arm, seed) for seed in seeds}
+        drawn[arm] = [Run(folder / "run") for folder in folders.values()]
+        metrics[arm] = {}
+        for (seed, folder), run in zip(folders.items(), drawn[arm], strict=True):
+            (summary,) = folder.glob("evaluation/*/summary.json")
+            metrics[arm][seed] = metrics_of(run, summary.parent, args.derivation_pattern, args.self_check_pattern)
+    compared = compare(metrics)
+    results = {
+        "study": root.name,
+        "versions": {name: version(name) for name in ("fipo-trl", "trl", "transformers", "torch")},
+        "arms": {
+            arm: {
+                "train": study.arms[arm],
+                "runs": metrics[arm],
+                **{kind: {name: list(value) for name, value in part.items()} for kind, part in compared[arm].items()},
+            }
+            for arm in arms
+        },
+        "evaluate": study.evaluation,
+    }
+    text = json.dumps(results, indent=1).replace("NaN", "null")
+    (root / "results.json").write_text(text + "\n")
+    (root / "curves.png").write_bytes(draw(CURVES, dict(list(drawn.items())[:3]), "step"))
+    write_report(drawn, root / "report")
+    parts = [f"{len(seeds)} seeds; mean over them and 95% interval:\n\n{table(compared, 'mean')}"]
+    if len(arms) > 1:
+        draw_differences(compared, study.differences, root / "differences.png")
+        parts.append(f"Difference to {arms[0]}, seed by seed:\n\n{table(compared, 'minus_control')}")
+    (root / "tables.md").write_text("\n\n".join(parts) + "\n")
+    return "\n\n".join(parts)
 
 
 def run_study(study: Study, root: Path, arms: list[str], seeds: list[int], jobs: int):
@@ -179,14 +226,22 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, help="(those of the study)")
     parser.add_argument("--output_dir", type=Path, default="outputs/replicate", help="(outputs/replicate)")
     options = parser.parse_args()
-    study = STUDIES[options.study]
-    run_study(
-        study,
-        options.output_dir / options.study,
-        options.arms or list(study.arms),
-        options.seeds or list(study.seeds),
-        options.jobs,
-    )
+    study, root = STUDIES[options.study], options.output_dir / options.study
+    arms, seeds = options.arms or list(study.arms), options.seeds or list(study.seeds)
+    try:
+        if unknown := [arm for arm in arms if arm not in study.arms]:
+            raise ValueError(f"--arms: there is no '{unknown[0]}' in this study, only {', '.join(study.arms)}.")
+        if options.jobs < 1:
+            raise ValueError(f"--jobs={options.jobs} must be at least 1.")
+        arms, seeds = list(dict.fromkeys(arms)), list(dict.fromkeys(seeds))
+        run_study(study, root, arms, seeds, options.jobs)
+        print(summarise(study, root, arms, seeds))
+    except Interrupted:
+        print("Stopped. The same command goes on from here.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    print(f"\nNumbers, tables and figures: {root}   All that was logged: {root / 'report/report.html'}")
 
 
 if __name__ == "__main__":

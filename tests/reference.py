@@ -17,7 +17,9 @@ def future_kl(log_ratio, mask, half_life):
     return result
 
 
-def influence(log_ratio, advantages, mask, half_life, weight_min, weight_max, dual_clip, safety_ratio):
+def influence(
+    log_ratio, advantages, mask, half_life, weight_min, weight_max, dual_clip, safety_ratio, participation_mask=True
+):
     """Weights (lists of B lists of T floats) and kept sequences, token by token."""
     weights, kept = [], []
     for b in range(len(log_ratio)):
@@ -27,7 +29,7 @@ def influence(log_ratio, advantages, mask, half_life, weight_min, weight_max, du
             scored = bool(mask[b, t])
             d = min(max(log_ratio[b, t].item(), -20.0), 20.0) if scored else 0.0
             advantage = (advantages[b] if advantages.dim() == 1 else advantages[b, t]).item()
-            tail = gamma * tail + (d if math.exp(d) <= dual_clip else 0.0)
+            tail = gamma * tail + (d if math.exp(d) <= dual_clip or not participation_mask else 0.0)
             f = min(max(math.exp(tail), weight_min), weight_max)
             if scored and advantage < 0 and math.exp(d) > safety_ratio:
                 f = min(max(f, 0.8), 1.0)

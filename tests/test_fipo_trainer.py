@@ -76,6 +76,7 @@ def official_loss(trainer, inputs, log_ratio, mask):
         args.influence_weight_max,
         args.delta,
         args.influence_safety_ratio,
+        args.future_kl_participation_mask,
     )
     weighted = weights * inputs["advantages"].unsqueeze(1)
     return reference.token_losses(log_ratio, weighted, args.epsilon, args.epsilon_high, args.delta), kept
@@ -90,6 +91,12 @@ def official_loss(trainer, inputs, log_ratio, mask):
         {"influence_safety_ratio": 2.0, "influence_weight_min": 0.1, "delta": 3.0},
         {"future_kl_half_life": 2.0, "influence_weight_min": 1e-6, "influence_weight_max": 1e6},
         {"influence_weight_min": 0.1, "epsilon": 0.1, "epsilon_high": 0.5},
+        {
+            "future_kl_participation_mask": False,
+            "delta": 3.0,
+            "influence_weight_min": 0.1,
+            "influence_weight_max": 5.0,
+        },
     ],
     ids=str,
 )

@@ -83,8 +83,9 @@ def test_official_loss(number, dtype):
     safety_ratio=st.floats(1.1, 20),
     bounds=st.tuples(st.floats(0.1, 1.0), st.floats(1.0, 10.0)),
     per_token=st.booleans(),
+    participation_mask=st.booleans(),
 )
-def test_token_by_token(length, seed, spread, dual_clip, safety_ratio, bounds, per_token):
+def test_token_by_token(length, seed, spread, dual_clip, safety_ratio, bounds, per_token, participation_mask):
     generator = torch.Generator().manual_seed(seed)
     log_ratio = spread * torch.randn(4, length, generator=generator, dtype=torch.float64)
     mask = torch.rand(4, length, generator=generator) > 0.2
@@ -95,11 +96,14 @@ def test_token_by_token(length, seed, spread, dual_clip, safety_ratio, bounds, p
         "weight_max": bounds[1],
         "dual_clip": dual_clip,
         "safety_ratio": safety_ratio,
+        "participation_mask": participation_mask,
     }
     weights, kept = reference.influence(log_ratio, advantages, mask, **arguments)
     result = influence_weights(log_ratio, advantages, mask, **arguments)
     torch.testing.assert_close(result.weights[mask], weights[mask], rtol=1e-10, atol=1e-10)
     assert torch.equal(result.kept, kept)
+    assert torch.equal(result.masked, mask & (log_ratio.exp() > dual_clip) & participation_mask)
+    assert result.statistics.masked == result.masked.sum()
     assert result.statistics.tokens == mask.sum()
     if mask.any():
         assert result.statistics.weight_min == pytest.approx(weights[mask].min().item())
