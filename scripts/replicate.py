@@ -212,8 +212,9 @@ def run_study(study: Study, root: Path, arms: list[str], seeds: list[int], jobs:
                 commands.stop()
                 pool.shutdown(cancel_futures=True)
                 raise RuntimeError(f"{futures[future]}: {error}") from error
-            bar.update()
-            bar.set_postfix_str(futures[future])
+            if error is None:
+                bar.update()
+                bar.set_postfix_str(futures[future])
     if commands.stopping:
         raise Interrupted
 

@@ -1,0 +1,118 @@
+"""scripts/replicate.py from end to end, on two short runs: stopped, gone on with, summarised."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import replicate  # noqa: E402
+
+
+# A study of {steps} updates that nothing but its size tells from the real one
+SHORT = """
+import replicate
+tiny = ["--config", "recipes/tiny/fipo.yaml", "--max_steps", "{steps}", "--save_steps", "1000"]
+replicate.STUDIES = {{"short": replicate.Study(
+    arms={{"DAPO": [*tiny, "--trainer", "grpo"], "FIPO [1.0, 1.2]": tiny}},
+    evaluation=["--dataset", "{problems}", "--reward", "fipo_trl.running_sums.exact_answer", "--n", "32",
+                "--max_tokens", "32"],
+    seeds=range(1, 2),
+    differences=("avg@32", "mean_length"),
+)}}
+replicate.main()
+"""
+
+
+def start(tmp_path, steps=48):
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text(json.dumps({"prompt": "a3b0c4d1=", "solution": "3"}) + "\n")
+    code = SHORT.format(steps=steps, problems=problems)
+    command = [sys.executable, "-c", code, "--study", "short", "--jobs", "2", "--output_dir", str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "scripts")}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+    )
+
+
+def test_stopped_study_goes_on(tmp_path):
+    root = tmp_path / "out" / "short"
+    logs = [root / arm / "seed-1" / "log.txt" for arm in ("DAPO", "FIPO-1.0-1.2")]
+    process = start(tmp_path)
+    while not all(log.exists() and "'rollout_iteration': 2" in log.read_text() for log in logs):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "The same command goes on from here." in errors
+    assert not (root / "results.json").exists()
+    checkpoints = [list((log.parent / "run").glob("checkpoint-*")) for log in logs]
+    assert all(len(saved) == 1 for saved in checkpoints)
+
+    output, errors = (process := start(tmp_path)).communicate()
+    assert process.returncode == 0, errors
+    results = json.loads((root / "results.json").read_text())
+    for arm, log in zip(("DAPO", "FIPO [1.0, 1.2]"), logs, strict=True):
+        assert log.read_text().count("'rollout_iteration': 1,") == 1  # it went on, and did not begin again
+        history = json.loads((log.parent / "run" / "trainer_state.json").read_text())["log_history"]
+        assert [row["step"] for row in history if "reward" in row] == [8, 16, 24, 32, 40, 48]
+        assert results["arms"][arm]["runs"]["1"]["avg@32"] > 0
+    assert results["arms"]["FIPO [1.0, 1.2]"]["runs"]["1"]["fipo/active_fraction"] > 0
+    assert "fipo/active_fraction" not in results["arms"]["DAPO"]["runs"]["1"]
+    assert results["arms"]["DAPO"]["train"][-2:] == ["--trainer", "grpo"]
+    assert "| avg@32, % |" in output
+    assert (root / "tables.md").read_text() in output
+    for name in ("curves.png", "differences.png"):
+        assert Image.open(root / name).width > 500
+    assert (root / "report" / "report.html").exists()
+
+    # The runs of other settings would pass for those that were asked for
+    _, errors = (process := start(tmp_path, steps=56)).communicate()
+    assert process.returncode == 1
+    assert "seed-1 holds a run of other arguments" in errors
+
+
+def test_tiny_study_is_what_its_issue_asks_for():
+    study = replicate.STUDIES["tiny"]
+    configs = {arm: replicate.parse(arguments) for arm, arguments in study.arms.items()}
+    assert [script_args.trainer for script_args, *_ in configs.values()] == ["grpo"] + ["fipo"] * 5
+    of = {
+        arm: (args.influence_weight_min, args.influence_weight_max, args.future_kl_half_life)
+        for arm, (_, args, *_) in configs.items()
+    }
+    assert list(of.values())[1:] == [(1.0, 1.2, 32), (0.8, 1.2, 32), (0.8, 1.2, 32), (0.8, 1.2, 8), (0.8, 1.2, 128)]
+    masks = [args.future_kl_participation_mask for _, args, *_ in configs.values()]
+    assert masks == [True, True, True, False, True, True]
+    assert {args.updates_per_generation for _, args, *_ in configs.values()} == {8}
+    assert len({args.max_steps for _, args, *_ in configs.values()}) == 1
+    assert len(study.seeds) >= 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arms", "FIPO"], "--arms: there is no 'FIPO' in this study, only DAPO, FIPO [1.0, 1.2]"),
+        (["--jobs", "0"], "--jobs=0 must be at least 1"),
+    ],
+)
+def test_refused(monkeypatch, tmp_path, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["replicate.py", "--study", "tiny", "--output_dir", str(tmp_path), *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        replicate.main()
+    assert message in stopped.value.code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_run_ends_the_study_with_its_output(tmp_path):
+    arguments = {"train": ["--config", "recipes/tiny/none.yaml"], "evaluate": []}
+    with pytest.raises(RuntimeError, match=r"train_fipo.py ended with exit status 1(.|\n)*none.yaml"):
+        replicate.run_one(replicate.Commands(), tmp_path, arguments)
