@@ -1,5 +1,6 @@
 # make quickstart        train a tiny language model with FIPO on this machine, in under 5 minutes
 # make quickstart-vllm   the same, with vLLM for the rollouts
+# make smollm            train SmolLM2-135M-Instruct with DAPO and with FIPO on the CPU, about an hour
 # make test              run the tests
 # make lint              ruff check and format
 # make tiny-base         rebuild the tiny base model and its data (they are in the repository)
@@ -26,7 +27,7 @@ APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::http::Timeout=20 -
 # One thread per process: a model this small is no faster with more, and much slower where processes share the cores
 ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: install quickstart quickstart-vllm test lint tiny-base lock
+.PHONY: install quickstart quickstart-vllm smollm test lint tiny-base lock
 
 install: $(INSTALLED)
 
@@ -48,6 +49,10 @@ quickstart: $(INSTALLED)
 
 quickstart-vllm: $(INSTALLED)
 	@$(ENV) VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python scripts/quickstart.py --config recipes/tiny/fipo_vllm.yaml --output_dir outputs/quickstart-vllm
+
+smollm: $(INSTALLED)
+	@$(ENV) $(BIN)/python scripts/make_smollm.py
+	@$(ENV) $(BIN)/python scripts/replicate.py --study smollm --jobs 2
 
 # The page of scripts/token_credit.py is tested in a real browser
 test: $(INSTALLED)
