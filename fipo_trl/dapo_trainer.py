@@ -446,7 +446,7 @@ class DAPOTrainer(GRPOTrainer):
         return self._train_sampler
 
     def _save_optimizer_and_scheduler(self, output_dir):
-        """Save, too, where this rank stands in its generation, and the completions still in use."""
+        """Save, too, where this rank stands in its generation, completions still in use, and metrics not yet logged."""
         super()._save_optimizer_and_scheduler(output_dir)
         mid_generation = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
         state = {
@@ -454,6 +454,7 @@ class DAPOTrainer(GRPOTrainer):
             "step": self._step,
             "buffered_inputs": self._buffered_inputs if mid_generation else None,
             "dynamic_sampling": self._dynamic_sampler.state_dict() if self._dynamic_sampler else None,
+            "metrics": {name: list(map(float, values)) for name, values in self._metrics["train"].items()},
         }
         os.makedirs(output_dir, exist_ok=True)  # nodes without a shared file system
         torch.save(state, os.path.join(output_dir, GENERATION_STATE_NAME.format(rank=self.args.process_index)))
@@ -474,6 +475,7 @@ class DAPOTrainer(GRPOTrainer):
         if continued:
             self._step = state["step"]
             self._buffered_inputs = send_to_device(state["buffered_inputs"], self.accelerator.device)
+            self._metrics["train"].update(state["metrics"])
         else:
             logger.warning(
                 f"{checkpoint} holds no generation state for these processes and batch layout: the run goes on with a "

@@ -68,6 +68,18 @@ STUDIES = {
         seeds=range(1, 6),
         differences=("avg@32", "mean_length", "updates_to_80", "grad_norm"),
     ),
+    "smollm": Study(
+        arms={
+            "DAPO": ["--config", "recipes/SmolLM2-135M/dapo_lora.yaml"],
+            "FIPO [1.0, 1.2]": ["--config", "recipes/SmolLM2-135M/fipo_lora.yaml"],
+        },
+        evaluation=[
+            *("--dataset", "reasoning_gym/needle_haystack", "--reward", "reasoning_gym_accuracy"),
+            *("--n", "8", "--max_tokens", "24", "--temperature", "0.7", "--top_p", "1.0"),
+        ],
+        seeds=range(1, 2),
+        differences=("avg@8", "mean_length", "grad_norm"),
+    ),
 }
 
 
@@ -137,9 +149,11 @@ def arguments_of(study: Study, arm: str, seed: int) -> dict:
     """All that says what a run is: the arguments of its two commands, and the recipe."""
     train = study.arms[arm]
     recipe = Path(train[train.index("--config") + 1])
+    script_args, *_ = parse(train)
+    of_task = script_args.dataset_settings
     return {
         "train": [*train, "--seed", str(seed)],
-        "evaluate": study.evaluation,
+        "evaluate": study.evaluation + (["--dataset_settings", json.dumps(of_task)] if of_task else []),
         "recipe_sha256": hashlib.sha256(recipe.read_bytes()).hexdigest()[:16],
     }
 
