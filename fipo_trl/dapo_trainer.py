@@ -446,7 +446,7 @@ class DAPOTrainer(GRPOTrainer):
         return self._train_sampler
 
     def _save_optimizer_and_scheduler(self, output_dir):
-        """Save, too, where this rank stands in its generation, completions still in use, and metrics not yet logged."""
+        """Save, too, where this rank stands in its generation, completions still in use, metrics not yet logged."""
         super()._save_optimizer_and_scheduler(output_dir)
         mid_generation = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
         state = {
