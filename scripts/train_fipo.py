@@ -41,8 +41,7 @@ from trl.data_utils import is_conversational
 from trl.scripts import vllm_serve
 from trl.scripts.grpo import GRPOScriptArguments
 
-from fipo_trl import DAPOTrainer, FIPOConfig, FIPOTrainer
-from fipo_trl import reasoning_gym_rewards
+from fipo_trl import DAPOTrainer, FIPOConfig, FIPOTrainer, reasoning_gym_rewards
 from fipo_trl import rewards as dapo_rewards
 from fipo_trl.data import from_dapo, is_dapo, load_problems, load_splits
 from fipo_trl.doctor import refuse_impossible
