@@ -72,7 +72,8 @@ def load_task(name: str, settings: dict | None = None, setting: str = "dataset_n
         try:
             splits[split], made, left_out = draw(fields, wanted, numbers, known, f"{name}, {split}")
         except RuntimeError as error:
-            raise ValueError(f"{setting}: {name} cannot make problems with {described(config_class, own)}: {error}") from None
+            values = described(config_class, own)
+            raise ValueError(f"{setting}: {name} cannot make problems with {values}: {error}") from error
         found = len(splits[split])
         counts.append(f"{split}: {made:,} made, {made - found - left_out:,} repeated, {found:,} kept")
         if split == "test":

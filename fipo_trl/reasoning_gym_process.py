@@ -21,13 +21,11 @@ import sys
 
 SECONDS = {"make": 120, "score": 5}  # of CPU time
 MEMORY = 4 * 2**30  # bytes
-# Tasks whose scorers hand the answer to Python's eval, and those which do so through sympy; some of these need calls
-FUNCTIONS = """
-sin cos tan cot sec csc asin acos atan sinh cosh tanh asinh acosh atanh exp log ln sqrt Abs
-"""
-EVALUATED = {task: [] for task in ("binary_matrix", "n_queens", "spiral_matrix", "string_insertion")}
-PARSED_BY_SYMPY = {task: [] for task in ("countdown", "puzzle24", "polynomial_multiplication")}
-PARSED_BY_SYMPY |= dict.fromkeys(("simple_integration", "intermediate_integration"), FUNCTIONS)
+# Tasks whose scorers hand the answer to Python's eval, and to eval through sympy; what the latter may call
+EVALUATED = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
+PARSED_BY_SYMPY = {"countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24"}
+PARSED_BY_SYMPY |= {"simple_integration"}
+FUNCTIONS = ["sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "exp", "log", "ln", "sqrt", "Abs"]
 ARITHMETIC = (ast.Expression, ast.Constant, ast.Name, ast.expr_context, ast.List, ast.Tuple)
 ARITHMETIC += (ast.UnaryOp, ast.BinOp, ast.unaryop, ast.operator)
 
@@ -115,12 +113,11 @@ def is_code(answer: str, task: str) -> bool:
         nodes = list(ast.walk(ast.parse(answer.strip(), mode="eval")))
     except Exception:
         return by_sympy  # which would rewrite it until it is Python; eval will raise as this did
-    functions = PARSED_BY_SYMPY.get(task, [])
-    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    calls = [node.func for node in nodes if isinstance(node, ast.Call)]
     return (
         not all(isinstance(node, (*ARITHMETIC, ast.Call)) for node in nodes)
-        or not all(isinstance(call.func, ast.Name) and call.func.id in functions for call in calls)
-        or (by_sympy and any(isinstance(node, ast.Constant) and isinstance(node.value, str) for node in nodes))
+        or not all(by_sympy and isinstance(called, ast.Name) and called.id in FUNCTIONS for called in calls)
+        or any(by_sympy and isinstance(node, ast.Constant) and isinstance(node.value, str) for node in nodes)
     )
 
 
