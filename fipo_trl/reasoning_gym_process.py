@@ -25,7 +25,8 @@ MEMORY = 4 * 2**30  # bytes
 EVALUATED = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
 PARSED_BY_SYMPY = {"countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24"}
 PARSED_BY_SYMPY |= {"simple_integration"}
-FUNCTIONS = ["sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "exp", "log", "ln", "sqrt", "Abs"]
+FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh", "cosh", "tanh"}
+FUNCTIONS |= {"asinh", "acosh", "atanh", "exp", "log", "ln", "sqrt", "Abs"}
 ARITHMETIC = (ast.Expression, ast.Constant, ast.Name, ast.expr_context, ast.List, ast.Tuple)
 ARITHMETIC += (ast.UnaryOp, ast.BinOp, ast.unaryop, ast.operator)
 
