@@ -21,6 +21,10 @@ from fipo_trl.reasoning_gym_process import ask
 
 PREFIX = "reasoning_gym/"
 DEFAULTS = {"size": 2000, "test_size": 200, "seed": 0}
+UNUSABLE = {
+    "composite": "is a mixture, whose settings are other tasks: name one of them",
+    "game_of_life_halting": "has a scorer that takes any answer for right",  # in 0.1.25
+}
 REPEATED_IN_A_ROW = 200  # after so many problems that were there before, a task is taken to have no others
 
 logger = logging.getLogger(__name__)
@@ -125,7 +129,8 @@ def config_class_of(task: str, setting: str = "dataset_name") -> type:
     """The dataclass of a task's settings.
 
     Raises:
-        ValueError: if there is no such task, naming the nearest, or reasoning-gym is not installed.
+        ValueError: if there is no such task, naming the nearest, or none that can be used, or reasoning-gym is not
+            installed.
     """
     if importlib.util.find_spec("reasoning_gym") is None:
         raise ValueError(
@@ -134,7 +139,9 @@ def config_class_of(task: str, setting: str = "dataset_name") -> type:
         )
     from reasoning_gym.factory import DATASETS  # a second to import
 
-    tasks = DATASETS.keys() - {"composite"}  # a mixture, whose settings are other tasks
+    if task in UNUSABLE:
+        raise ValueError(f"{setting}: '{PREFIX}{task}' {UNUSABLE[task]}.")
+    tasks = DATASETS.keys() - UNUSABLE.keys()
     if task not in tasks:
         nearest = difflib.get_close_matches(task, tasks, n=1)
         hint = f"Did you mean '{PREFIX}{nearest[0]}'?" if nearest else f"It has {', '.join(sorted(tasks))}."

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import json
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -85,6 +86,7 @@ def entry_of(problem: str) -> tuple:
     """The dataset that a problem is of, and its entry: `question`, `answer` and `metadata`."""
     fields = json.loads(problem)
     dataset = dataset_of(fields["task"], json.dumps(fields["settings"]))
+    random.seed(problem)  # list_functions draws from the global generator, too
     return dataset, dataset[fields["index"]]
 
 
@@ -113,7 +115,7 @@ def is_code(answer: str, task: str) -> bool:
     try:
         nodes = list(ast.walk(ast.parse(answer.strip(), mode="eval")))
     except Exception:
-        return by_sympy  # which would rewrite it until it is Python; eval will raise as this did
+        return by_sympy and answer != ""  # sympy would rewrite it into Python; eval will raise as this did
     calls = [node.func for node in nodes if isinstance(node, ast.Call)]
     return (
         not all(isinstance(node, (*ARITHMETIC, ast.Call)) for node in nodes)
