@@ -23,7 +23,7 @@ def reasoning_gym_reward(completions: list, problem: list[str], **kwargs) -> lis
     """The score of each answer, from 0 to 1 (right).
 
     Many tasks give something to a wrong answer, for its form or for the part that is right. No answer in tags gets 0.
-    So does one on which the scorer raises, or takes more than 5 s of CPU time or 4 GiB (the first of each task is in
+    So does one on which the scorer raises, or takes more than 2 s of CPU time or 4 GiB (the first of each task is in
     the log), and one that is code, where the scorer would run it.
 
     Args:

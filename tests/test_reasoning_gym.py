@@ -18,7 +18,7 @@ from fipo_trl import reasoning_gym_rewards
 from fipo_trl.data import load_problems, load_splits
 from fipo_trl.evaluation import answers_beside
 from fipo_trl.reasoning_gym_problems import UNUSABLE, load_task
-from fipo_trl.reasoning_gym_process import EVALUATED, PARSED_BY_SYMPY, ask, is_code, process_of
+from fipo_trl.reasoning_gym_process import EVALUATED, PARSED_BY_SYMPY, is_code, process_of
 from fipo_trl.reasoning_gym_rewards import predicted_answer, reasoning_gym_accuracy, reasoning_gym_reward
 
 
@@ -83,27 +83,27 @@ def own_score(dataset, entry, answer):
         return 0.0
 
 
-DUMP = """
-import sys
-from fipo_trl.reasoning_gym_process import ask
-import json
+def run_beside(code, *arguments, **environment):
+    """Output of a Python process that imports fipo_trl/reasoning_gym_process.py, and not torch."""
+    environment = os.environ | {"PYTHONPATH": str(Path(reasoning_gym_process.__file__).parent)} | environment
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_problems_are_the_same_in_every_process():
+    """In each order, too. These tasks go through sets of strings, or draw random numbers of no seed of their own."""
+    code = """
+import json, sys
+from reasoning_gym_process import ask
 for task in sys.argv[1:]:
     for index in (5, 0, 3):
         print(ask("make", json.dumps({"task": task, "settings": {"seed": 7, "size": 8}, "index": index})))
 """
-
-
-def test_problems_are_the_same_in_every_process():
-    """In each order, too: the ones named here go through sets of strings, or random numbers without a seed."""
-    tasks = sorted(ORDERED_BY_HASH - {"knight_swap"}) + ["pool_matrix"]
-    outputs = []
-    for seed, order in [("1", tasks), ("2", tasks[::-1])]:
-        command = [sys.executable, "-c", DUMP, *order]
-        environment = os.environ | {"PYTHONHASHSEED": seed}
-        output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-        outputs.append(sorted(output.splitlines()))
-    assert outputs[0] == outputs[1]
-    assert len(set(outputs[0])) == 3 * len(tasks)
+    tasks = [*sorted(ORDERED_BY_HASH - {"knight_swap"}), "pool_matrix"]
+    one = run_beside(code, *tasks, PYTHONHASHSEED="1").splitlines()
+    other = run_beside(code, *tasks[::-1], PYTHONHASHSEED="2").splitlines()
+    assert sorted(one) == sorted(other)
+    assert len(set(one)) == 3 * len(tasks)
 
 
 def item_seeds(dataset):
@@ -253,7 +253,7 @@ def test_accuracy_is_0_or_1():
     answers = [row["solution"], row["solution"] + "x", row["solution"][:-1] + "x", "x"]
     completions = [f"<answer>{answer}</answer>" for answer in answers]
     rewards = reasoning_gym_reward(completions, [row["problem"]] * 4)
-    assert 0 < rewards[1] < 1
+    assert any(0 < reward < 1 for reward in rewards[1:])
     assert reasoning_gym_accuracy(completions, [row["problem"]] * 4) == [1.0, 0.0, 0.0, 0.0]
 
 
@@ -285,7 +285,7 @@ def test_a_scorer_that_does_not_end_is_ended(monkeypatch, caplog):
     before = process_of(os.getpid()).pid
     assert reasoning_gym_reward(completions, [row["problem"]] * 2) == [0.0, 1.0]
     assert process_of(os.getpid()).pid != before
-    assert "The scorer of reasoning_gym/countdown failed on the answer '9**9**9' (more than 5 s)" in caplog.text
+    assert "The scorer of reasoning_gym/countdown failed on the answer '9**9**9' (more than 2 s)" in caplog.text
 
 
 CODE = """
@@ -352,12 +352,10 @@ def test_arguments_that_are_refused(gcd):
 
 
 def test_each_process_has_its_own_and_takes_it_along():
-    code = "import os; from fipo_trl.reasoning_gym_process import process_of; print(process_of(os.getpid()).pid)"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert int(output) != process_of(os.getpid()).pid
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{int(output)}").exists() and time.monotonic() < deadline:
+    code = "import os, reasoning_gym_process; print(reasoning_gym_process.process_of(os.getpid()).pid)"
+    pid = int(run_beside(code))
+    assert pid != process_of(os.getpid()).pid
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not Path(f"/proc/{int(output)}").exists()
-    with pytest.raises(RuntimeError, match="KeyError: 'none'"):
-        ask("none")
+    assert not Path(f"/proc/{pid}").exists()
