@@ -185,6 +185,23 @@ def from_dapo(
     return Dataset.from_dict({"prompt": [prompt for prompt, _ in kept], "solution": [answer for _, answer in kept]})
 
 
+def no_longer_than(max_prompt_length: int, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The rows whose `prompt` (chat) has at most so many tokens, generation prompt included. The log counts the others.
+
+    Raises:
+        ValueError: if no row is left, or the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(f"max_prompt_length={max_prompt_length} needs a tokenizer with a chat template. Give one.")
+    lengths = prompt_lengths(tokenizer, dataset["prompt"][:])
+    kept = [row for row, length in enumerate(lengths) if length <= max_prompt_length]
+    counts = f"{len(lengths) - len(kept):,} of {len(lengths):,} prompts are over {max_prompt_length} tokens"
+    if not kept:
+        raise ValueError(f"No prompt is left: {counts}, the shortest has {min(lengths)}. Raise max_prompt_length.")
+    logger.info(f"{counts} and left out; the longest other has {max(lengths[row] for row in kept)}.")
+    return dataset.select(kept)
+
+
 def first_of_equals(dataset: Dataset) -> list[int]:
     """Row numbers, rising: of rows that are equal in every column, the first."""
     seen, start = None, 0

@@ -43,7 +43,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 
 from fipo_trl import DAPOTrainer, FIPOConfig, FIPOTrainer, reasoning_gym_rewards
 from fipo_trl import rewards as dapo_rewards
-from fipo_trl.data import from_dapo, is_dapo, load_problems, load_splits
+from fipo_trl.data import from_dapo, is_dapo, load_problems, load_splits, no_longer_than
 from fipo_trl.doctor import refuse_impossible
 from fipo_trl.evaluation import score
 from fipo_trl.evaluation_callback import EvaluationCallback, check_evaluation
@@ -79,7 +79,10 @@ class FIPOScriptArguments(GRPOScriptArguments):
     )
     max_prompt_length: int | None = field(
         default=None,
-        metadata={"help": "Prompts of more tokens are left out. For data in the schema of DAPO-Math-17k only."},
+        metadata={
+            "help": "Prompts of more tokens are left out. For data in the schema of DAPO-Math-17k and for "
+            "reasoning_gym/<task>."
+        },
     )
     on_collapse: Literal["warn", "stop"] = field(
         default="warn",
@@ -99,7 +102,8 @@ class FIPOScriptArguments(GRPOScriptArguments):
         default=None,
         metadata={
             "help": "Problems to evaluate on before the first update, every eval_steps updates and after the last, "
-            "beside TRL's own evaluation (eval_strategy): aime24, aime25, a folder, file or Hub id, or NAME=SOURCE."
+            "beside TRL's own evaluation (eval_strategy): aime24, aime25, a folder, file or Hub id, "
+            "reasoning_gym/<task> (with dataset_settings where it is dataset_name), or NAME=SOURCE."
         },
     )
     eval_samples: int = field(default=32, metadata={"help": "Samples per problem of eval_problems: n of avg@n."})
@@ -357,13 +361,18 @@ def load_data(
     for name in names:
         if name not in splits:
             raise ValueError(f"The dataset has no split '{name}', only {', '.join(splits)}.")
-        if is_dapo(splits[name].column_names):
-            try:
-                splits[name] = from_dapo(splits[name], tokenizer, script_args.max_prompt_length)
-            except ValueError as error:
-                raise ValueError(f"Split '{name}' of the dataset: {error}") from error
-        elif script_args.max_prompt_length is not None:
-            raise ValueError("max_prompt_length is for data in the schema of DAPO-Math-17k. Remove it.")
+        longest = script_args.max_prompt_length
+        try:
+            if is_dapo(splits[name].column_names):
+                splits[name] = from_dapo(splits[name], tokenizer, longest)
+            elif longest is not None and is_task(script_args.dataset_name or ""):
+                splits[name] = no_longer_than(longest, splits[name], tokenizer)
+            elif longest is not None:
+                raise ValueError(
+                    "max_prompt_length is for data in the schema of DAPO-Math-17k and for reasoning_gym/<task>. Remove it."
+                )
+        except ValueError as error:
+            raise ValueError(f"Split '{name}' of the dataset: {error}") from error
         columns = splits[name].column_names
         for column in ["prompt", *columns_read_by(reward_funcs)]:
             if columns is not None and column not in columns:

@@ -14,7 +14,7 @@ import pytest
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-from fipo_trl import reasoning_gym_rewards
+from fipo_trl import reasoning_gym_process, reasoning_gym_rewards
 from fipo_trl.data import load_problems, load_splits
 from fipo_trl.evaluation import answers_beside
 from fipo_trl.reasoning_gym_problems import UNUSABLE, load_task
