@@ -78,13 +78,14 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         metavar="SOURCE",
         help="aime24, aime25, reasoning_gym/<task>, a folder, .parquet or .jsonl file, or Hub id, with the columns "
-        "prompt and solution, problem and answer, or those of DAPO-Math-17k; NAME=SOURCE renames it, as in aime24=copies/aime.parquet",
+        "prompt and solution, problem and answer, or those of DAPO-Math-17k; NAME=SOURCE renames it, as "
+        "in aime24=copies/aime.parquet",
     )
     parser.add_argument(
         "--dataset_settings",
         metavar="JSON",
-        help="of --dataset reasoning_gym/<task>: size, test_size, seed and settings of the task, those of the training "
-        "whose held-out problems these are",
+        help="of --dataset reasoning_gym/<task>: size, test_size, seed and settings of the task, as in the training "
+        "from which they are held out",
     )
     parser.add_argument("--n", type=int, default=32, help="samples per problem (32)")
     parser.add_argument("--temperature", type=float, default=1.0, help="(1.0)")
