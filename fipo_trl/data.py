@@ -186,7 +186,7 @@ def from_dapo(
 
 
 def no_longer_than(max_prompt_length: int, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The rows whose `prompt` (chat) has at most so many tokens, generation prompt included; the log counts the others.
+    """The rows whose `prompt` (chat) has at most so many tokens, generation prompt included. The log says how many.
 
     Raises:
         ValueError: if no row is left, or the tokenizer has no chat template.

@@ -369,8 +369,8 @@ def load_data(
                 splits[name] = no_longer_than(longest, splits[name], tokenizer)
             elif longest is not None:
                 raise ValueError(
-                    "max_prompt_length is for data in the schema of DAPO-Math-17k and for reasoning_gym/<task>. Remove "
-                    "it."
+                    "max_prompt_length is for data in the schema of DAPO-Math-17k and for reasoning_gym/<task>. "
+                    "Remove it."
                 )
         except ValueError as error:
             raise ValueError(f"Split '{name}' of the dataset: {error}") from error
