@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import random
+from collections import Counter
 from collections.abc import Collection
 
 from datasets import Dataset, DatasetDict
@@ -70,49 +71,59 @@ def load_task(name: str, settings: dict | None = None, setting: str = "dataset_n
     most = 2 * (5 * max(size, test_size) + REPEATED_IN_A_ROW)  # problems that are looked at, of both splits
     first = 2 * random.Random(seed).getrandbits(30)  # some tasks take no seeds of more than 32 bits
     fields = {"task": task, "settings": own | {"seed": first, "size": most}}
-    splits, counts = {}, []
+    splits, reports = {}, []
     for split, wanted, numbers in [("train", size, range(0, most, 2)), ("test", test_size, range(1, most, 2))]:
-        known = splits["train"] if split == "test" else {}
         try:
-            splits[split], made, left_out = draw(fields, wanted, numbers, known, f"{name}, {split}")
+            splits[split], report = draw(fields, wanted, numbers, splits.get("train", {}), f"{name}, {split}")
         except RuntimeError as error:
             values = described(config_class, own)
             raise ValueError(f"{setting}: {name} cannot make problems with {values}: {error}") from error
-        found = len(splits[split])
-        counts.append(f"{split}: {made:,} made, {made - found - left_out:,} repeated, {found:,} kept")
-        if split == "test":
-            counts[-1] += f", {left_out:,} left out that stand in train"
-        if found < wanted:
+        reports.append(f"{split}: {report}")
+        if len(splits[split]) < wanted:
             raise ValueError(
                 f"{setting}: {name} has no {wanted:,} different problems for its split '{split}' with these settings "
-                f"({'; '.join(counts)}). Lower size or test_size, or widen what its problems are drawn from: "
+                f"({'; '.join(reports)}). Lower size or test_size, or widen what its problems are drawn from: "
                 f"{described(config_class, own)}."
             )
-    logger.info(f"{name}: {'; '.join(counts)}.")
+    logger.info(f"{name}: {'; '.join(reports)}.")
     return DatasetDict({split: Dataset.from_list(list(rows.values())) for split, rows in splits.items()})
 
 
-def draw(fields: dict, wanted: int, numbers: range, known: Collection[str], title: str) -> tuple[dict, int, int]:
-    """Rows by their questions: the first `wanted` new ones among problems of these numbers.
+def draw(fields: dict, wanted: int, numbers: range, in_train: Collection[str], title: str) -> tuple[dict, str]:
+    """Rows by their questions, and how many problems were made for them, in words.
 
-    Returns:
-        The rows, fewer if there are not enough; how many problems were made; and how many of them are `known`.
+    The rows are the first `wanted` new problems among those of these numbers, fewer if there are not enough.
+
+    Raises:
+        RuntimeError: if the task often fails to make one. (A few of `codeio` are broken.)
     """
-    rows, made, left_out, in_a_row = {}, 0, 0, 0
+    rows, counts, in_a_row = {}, Counter(), 0
     with tqdm(total=wanted, desc=title, unit="problem", disable=None, leave=False) as bar:
         for number in numbers:
             if len(rows) == wanted or in_a_row == REPEATED_IN_A_ROW:
                 break
             problem = json.dumps(fields | {"index": number})
-            question, answer = ask("make", problem)
-            made += 1
-            left_out += question in known
-            in_a_row += 1
-            if question not in known and question not in rows:
-                rows[question] = {"prompt": task_prompt(question), "solution": answer, "problem": problem}
-                in_a_row = 0
-                bar.update()
-    return rows, made, left_out
+            try:
+                question, answer = ask("make", problem)
+            except RuntimeError:
+                counts["failed"] += 1
+                if counts["failed"] > 10 + counts["made"] / 10:
+                    raise
+                continue
+            counts["made"] += 1
+            if question in in_train or question in rows:
+                counts["in_train" if question in in_train else "repeated"] += 1
+                in_a_row += 1
+                continue
+            rows[question] = {"prompt": task_prompt(question), "solution": answer, "problem": problem}
+            in_a_row = 0
+            bar.update()
+    report = f"{counts['made']:,} made, {counts['repeated']:,} repeated, {len(rows):,} kept"
+    if in_train:
+        report += f", {counts['in_train']:,} left out that stand in train"
+    if counts["failed"]:
+        report += f", {counts['failed']:,} could not be made"
+    return rows, report
 
 
 def task_prompt(question: str) -> list[dict]:
