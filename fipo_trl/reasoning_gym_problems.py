@@ -59,18 +59,12 @@ def load_task(name: str, settings: dict | None = None, setting: str = "dataset_n
 
     Source: https://github.com/open-thought/reasoning-gym
     """
-    task = name.removeprefix(PREFIX)
-    config_class = config_class_of(task, setting)
+    config_class = check_task(name, settings, setting)
     own = DEFAULTS | (settings or {})
     size, test_size, seed = (own.pop(key) for key in DEFAULTS)
-    for key, value, least in [("size", size, 1), ("test_size", test_size, 1), ("seed", seed, 0)]:
-        if type(value) is not int or value < least:
-            raise ValueError(f"dataset_settings: {key}={value!r} must be a whole number, at least {least}.")
-    check_settings(task, own, config_class)
-
     most = 2 * (5 * max(size, test_size) + REPEATED_IN_A_ROW)  # problems that are looked at, of both splits
     first = 2 * random.Random(seed).getrandbits(30)  # some tasks take no seeds of more than 32 bits
-    fields = {"task": task, "settings": own | {"seed": first, "size": most}}
+    fields = {"task": name.removeprefix(PREFIX), "settings": own | {"seed": first, "size": most}}
     splits, reports = {}, []
     for split, wanted, numbers in [("train", size, range(0, most, 2)), ("test", test_size, range(1, most, 2))]:
         try:
@@ -171,8 +165,15 @@ def described(config_class: type, own: dict) -> str:
     return ", ".join(f"{name}={value!r:.60}" for name, value in (settings_of(config_class) | own).items()) or "none"
 
 
-def check_settings(task: str, own: dict, config_class: type):
-    """Raise a `ValueError` for settings that a task does not have, or does not take."""
+def check_task(name: str, settings: dict | None = None, setting: str = "dataset_name") -> type:
+    """The dataclass of a task's settings, which are checked. Arguments and errors are those of [`load_task`]."""
+    task = name.removeprefix(PREFIX)
+    config_class = config_class_of(task, setting)
+    own = DEFAULTS | (settings or {})
+    for key, least in [("size", 1), ("test_size", 1), ("seed", 0)]:
+        value = own.pop(key)
+        if type(value) is not int or value < least:
+            raise ValueError(f"dataset_settings: {key}={value!r} must be a whole number, at least {least}.")
     known = settings_of(config_class)
     for name, value in own.items():
         if name not in known:
@@ -197,3 +198,4 @@ def check_settings(task: str, own: dict, config_class: type):
             f"dataset_settings: {PREFIX}{task} does not take {own} ({error or type(error).__name__}). It is made for "
             f"{described(config_class, {})}."
         ) from error
+    return config_class
