@@ -354,6 +354,6 @@ def test_tasks_can_be_made_as_the_recipe_says(path):
 
 
 def test_doctor_knows_wrong_settings_of_a_task():
+    flags = ["--dataset_settings", '{"people": 3}']
     with pytest.raises(ValueError, match="has no setting 'people'"):
-        flags = ["--dataset_settings", '{"people": 3}']
         examine_recipe(FOLDER / "reasoning-gym" / "knights_knaves.yaml", flags)
