@@ -42,6 +42,9 @@ def ask(kind: str, *arguments):
         RuntimeError: if it raised there, or the process ended over it.
     """
     process = process_of(os.getpid())
+    if process.poll() is not None:  # it was killed since the last request
+        process_of.cache_clear()
+        process = process_of(os.getpid())
     process.stdin.write(json.dumps([kind, *arguments]) + "\n")
     process.stdin.flush()
     reply = process.stdout.readline()

@@ -359,3 +359,10 @@ def test_each_process_has_its_own_and_takes_it_along():
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_process_that_was_killed_is_replaced(gcd):
+    process = process_of(os.getpid())
+    process.kill()
+    process.wait()
+    assert reasoning_gym_reward([f"<answer>{gcd['solution']}</answer>"], [gcd["problem"]]) == [1.0]
