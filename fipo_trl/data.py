@@ -14,6 +14,7 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase
 
+from fipo_trl.reasoning_gym_problems import is_task, load_task
 from fipo_trl.rewards import normalize_answer
 
 
@@ -34,19 +35,29 @@ def dapo_prompt(problem: str) -> list[dict]:
 
 
 def load_splits(
-    name: str, config: str | None = None, streaming: bool = False, setting: str = "dataset_name"
+    name: str,
+    config: str | None = None,
+    streaming: bool = False,
+    setting: str = "dataset_name",
+    task_settings: dict | None = None,
 ) -> DatasetDict | IterableDatasetDict:
     """A dataset by its name, as it is: all its splits; those of a single file are `train` only.
 
     Args:
-        name: A folder, a .parquet, .jsonl or .json file, or the id of a dataset on the Hugging Face Hub.
+        name: A folder, a .parquet, .jsonl or .json file, the id of a dataset on the Hugging Face Hub, or
+            `reasoning_gym/` and the name of one of its tasks.
         config: Its configuration, where it has several.
         streaming: Whether to read while training, in place of before.
         setting: What error messages call the name.
+        task_settings: Of a task, see [`fipo_trl.reasoning_gym_problems.load_task`].
 
     Raises:
         ValueError: if it cannot be loaded. A Hub that cannot be reached is found out at once, not after retries.
     """
+    if is_task(name):
+        if config is not None or streaming:
+            raise ValueError(f"{setting}: '{name}' takes no dataset_config or dataset_streaming. Remove them.")
+        return load_task(name, task_settings, setting)
     try:
         if os.path.isfile(name):
             formats = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
@@ -65,7 +76,9 @@ def load_splits(
         ) from error
 
 
-def load_problems(source: str, setting: str = "dataset") -> tuple[str, Dataset]:
+def load_problems(
+    source: str, setting: str = "dataset", task_settings: dict[str, dict] | None = None
+) -> tuple[str, Dataset]:
     """Problems to evaluate on: their short name, and columns `prompt` (chat or text) and `solution` (text).
 
     Rows may have those columns, with others that a reward function reads; DAPO's schema (see [`from_dapo`]); or
@@ -76,13 +89,15 @@ def load_problems(source: str, setting: str = "dataset") -> tuple[str, Dataset]:
             `test` is read or the only one; or `NAME=SOURCE`, to call it something else than its last part:
             `aime24=/data/aime-2024.parquet`.
         setting: What error messages call the source.
+        task_settings: Settings of tasks of reasoning-gym by the names of these, `reasoning_gym/<task>`.
 
     Raises:
         ValueError: if it cannot be loaded or has other columns, no rows, or a row without prompt or solution.
     """
     name, _, path = source.partition("=") if "=" in source and not os.path.exists(source) else (source, "", source)
     name = os.path.splitext(os.path.basename(name.rstrip("/")))[0]
-    splits = load_splits(AIME.get(path, path), setting=setting)
+    of_task = (task_settings or {}).get(path)
+    splits = load_splits(AIME.get(path, path), setting=setting, task_settings=of_task)
     split = "test" if "test" in splits else next(iter(splits))
     if len(splits) > 1 and split != "test":
         raise ValueError(
@@ -168,6 +183,23 @@ def from_dapo(
         raise ValueError(f"No prompt is left to train on: {counts}. Raise max_prompt_length, or give other data.")
     (logger.warning if contradicted else logger.info)(f"DAPO data: {counts}.")
     return Dataset.from_dict({"prompt": [prompt for prompt, _ in kept], "solution": [answer for _, answer in kept]})
+
+
+def no_longer_than(max_prompt_length: int, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The rows whose `prompt` (chat) has at most so many tokens, generation prompt included. The log says how many.
+
+    Raises:
+        ValueError: if no row is left, or the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(f"max_prompt_length={max_prompt_length} needs a tokenizer with a chat template. Give one.")
+    lengths = prompt_lengths(tokenizer, dataset["prompt"][:])
+    kept = [row for row, length in enumerate(lengths) if length <= max_prompt_length]
+    counts = f"{len(lengths) - len(kept):,} of {len(lengths):,} prompts are over {max_prompt_length} tokens"
+    if not kept:
+        raise ValueError(f"No prompt is left: {counts}, the shortest has {min(lengths)}. Raise max_prompt_length.")
+    logger.info(f"{counts} and left out; the longest other has {max(lengths[row] for row in kept)}.")
+    return dataset.select(kept)
 
 
 def first_of_equals(dataset: Dataset) -> list[int]:

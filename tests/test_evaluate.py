@@ -1,9 +1,11 @@
 """The command that evaluates a saved model, with transformers, and with vLLM where it is installed."""
 
 import fcntl
+import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,9 +18,10 @@ import pytest
 import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, get_peft_model
-from tiny import BASE
+from tiny import BASE, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fipo_trl.data import load_splits
 from fipo_trl.evaluation import per_problem
 from fipo_trl.running_sums import exact_answer, predicted_answer
 
@@ -327,3 +330,41 @@ def test_an_unreachable_hub_is_found_out_at_once(problems, tmp_path):
     assert process.returncode == 1
     assert process.stderr.startswith("error: model: cannot load 'Qwen/Qwen2.5-32B'")
     assert "Without a network, download it elsewhere" in process.stderr
+
+
+def test_the_held_out_problems_of_a_task(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    make_model().save_pretrained(tmp_path / "model")
+    settings = {"size": 20, "test_size": 3, "seed": 4, "max_value": 50}
+    task = {"reward": "reasoning_gym_accuracy", "model": tmp_path / "model", "n": 2, "max_tokens": 4}
+    task |= {"dataset_settings": json.dumps(settings)}
+    run("reasoning_gym/gcd", tmp_path / "out", **task)
+    summary = json.loads((tmp_path / "out" / "gcd" / "summary.json").read_text())
+    assert summary["settings"]["dataset_settings"] == settings
+    assert summary["settings"]["versions"]["reasoning_gym"] == importlib.metadata.version("reasoning-gym")
+    assert summary["metrics"].keys() >= {"avg@2", "cons@2"}
+    completions = load_dataset("parquet", data_files=str(tmp_path / "out/gcd/completions.parquet"), split="train")
+    held_out = load_splits("reasoning_gym/gcd", task_settings=settings)["test"]
+    assert completions["prompt"][::2] == held_out["prompt"][:]
+    for other in ({"seed": 5}, {"max_value": 60}):
+        with pytest.raises(ValueError, match="holds results with another 'dataset_settings'"):
+            run("reasoning_gym/gcd", tmp_path / "out", **task | {"dataset_settings": json.dumps(settings | other)})
+
+
+@pytest.mark.parametrize(
+    ("dataset", "value", "message"),
+    [
+        ("aime24", "{}", "--dataset_settings is for one --dataset reasoning_gym/<task>"),
+        ("reasoning_gym/gcd", "{size}", "--dataset_settings={size} is not valid JSON"),
+        ("gcd=reasoning_gym/gcd", '"size"', '--dataset_settings="size" must be a mapping'),
+    ],
+)
+def test_dataset_settings_that_are_refused(dataset, value, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_options(["--model", BASE, "--dataset", dataset, "--dataset_settings", value])
+    with pytest.raises(ValueError, match="is for one --dataset"):
+        read_options(
+            ["--model", BASE, "--dataset_settings", "{}", "--dataset", "reasoning_gym/gcd", "reasoning_gym/lcm"]
+        )

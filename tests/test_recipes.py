@@ -15,7 +15,9 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from fipo_trl import doctor
+from fipo_trl.data import load_splits
 from fipo_trl.doctor import GIB
+from fipo_trl.reasoning_gym_rewards import reasoning_gym_accuracy
 
 
 ROOT = Path(__file__).parent.parent
@@ -331,3 +333,27 @@ def test_launcher(path, tmp_path):
     without_recipe = subprocess.run(["bash", str(path)], env=environment, capture_output=True, text=True)
     assert without_recipe.returncode != 0
     assert "usage: sbatch --nodes N" in without_recipe.stderr
+
+
+# Beyond math
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "reasoning-gym").glob("*.yaml")), ids=name_of)
+def test_tasks_can_be_made_as_the_recipe_says(path):
+    """Of fewer problems than there, and with prompts that its limits hold: a token has at least two characters."""
+    recipe = yaml.safe_load(path.read_text())
+    settings = recipe["dataset_settings"] | {"size": 100, "test_size": 10}
+    splits = load_splits(recipe["dataset_name"], task_settings=settings)
+    texts = [prompt[0]["content"] for split in splits.values() for prompt in split["prompt"]]
+    assert max(map(len, texts)) < 2 * recipe["max_prompt_length"]
+    assert recipe["vllm_max_model_length"] == recipe["max_prompt_length"] + recipe["max_completion_length"]
+    assert recipe["eval_problems"] == [recipe["dataset_name"]]
+    rows = splits["train"].to_dict()
+    rewards = reasoning_gym_accuracy([f"<answer>{answer}</answer>" for answer in rows["solution"]], rows["problem"])
+    assert set(rewards) == {1.0}
+
+
+def test_doctor_knows_wrong_settings_of_a_task():
+    flags = ["--dataset_settings", '{"people": 3}']
+    with pytest.raises(ValueError, match="has no setting 'people'"):
+        examine_recipe(FOLDER / "reasoning-gym" / "knights_knaves.yaml", flags)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,11 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import make_model
+from transformers import AutoTokenizer
+
+from fipo_trl.data import load_splits
+from fipo_trl.evaluation_callback import EvaluationCallback
 
 
 ROOT = Path(__file__).parent.parent
@@ -246,6 +252,67 @@ def test_rewards_by_name():
     length = args.max_completion_length
     ids = [[0] * (length * 4 // 5), [0] * length]
     assert overlong(completion_ids=ids) == [0.0, -1.0]
+
+
+GYM = ["--dataset_name", "reasoning_gym/gcd", "--reward_funcs", "reasoning_gym_reward", "reasoning_gym_accuracy"]
+
+
+def test_trains_on_a_task_of_reasoning_gym(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained("recipes/tiny/base")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    make_model().save_pretrained(tmp_path / "model")
+    settings = {"size": 20, "test_size": 3, "seed": 4, "max_value": 50}
+    (tmp_path / "recipe.yaml").write_text(f"{Path(RECIPE).read_text()}\ndataset_settings: {settings}\n")
+    arguments = ["--model_name_or_path", tmp_path / "model", "--max_completion_length", 8, "--max_steps", 8]
+    arguments += ["--reward_weights", 1, 0, "--output_dir", tmp_path / "out", "--max_prompt_length", 400]
+    arguments += ["--eval_problems", "reasoning_gym/gcd", "--eval_reward", "reasoning_gym_accuracy", "--eval_steps", 8]
+    arguments += ["--eval_samples", 2]
+    parsed = parse(["--config", str(tmp_path / "recipe.yaml"), *GYM, *map(str, arguments)])
+    trainer, _ = build_trainer(*parsed)
+    splits = load_splits("reasoning_gym/gcd", task_settings=settings)
+    assert trainer.train_dataset.to_list() == splits["train"].to_list()
+    (callback,) = [each for each in trainer.callback_handler.callbacks if isinstance(each, EvaluationCallback)]
+    assert callback.problems["gcd"][0]["problem"] == splits["test"]["problem"][:]
+    trainer.train()
+    rows = trainer.state.log_history
+    assert {"rewards/reasoning_gym_reward/mean", "rewards/reasoning_gym_accuracy/mean"} <= set().union(*rows)
+    assert [row["step"] for row in rows if "eval_gcd/cons@2" in row] == [0, 8]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*GYM, "--dataset_settings", "{size: 2}"], "dataset_settings={size: 2} is not valid JSON"),
+        ([*GYM, "--dataset_settings", "[1]"], "dataset_settings=[1] must be a mapping, such as"),
+        (["--dataset_settings", "{}"], "'dataset_settings' does nothing with dataset_name=recipes/tiny/data."),
+    ],
+)
+def test_dataset_settings_that_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(["--config", RECIPE, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset_settings", '{"max": 3}'], "dataset_settings: reasoning_gym/gcd has no setting 'max'"),
+        (
+            ["--dataset_streaming", "true"],
+            "dataset_name: 'reasoning_gym/gcd' takes no dataset_config or dataset_streaming",
+        ),
+        (
+            ["--reward_funcs", "dapo_reward", "no_such_reward"],
+            "fipo_trl.reasoning_gym_rewards (reasoning_gym_reward, ",
+        ),
+        (["--dataset_name", "reasoning_gym/gdc"], "Did you mean 'reasoning_gym/gcd'?"),
+        (["--dataset_name", "recipes/tiny/data"], "no column 'problem'"),
+    ],
+)
+def test_tasks_are_checked_before_the_model_is_loaded(tmp_path, arguments, message):
+    parsed = parse(["--config", RECIPE, "--output_dir", str(tmp_path), *GYM, *arguments])
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        build_trainer(*parsed)
 
 
 def test_resume_from_what_is_not_there(tmp_path):
