@@ -20,7 +20,7 @@ from fipo_trl.reasoning_gym_process import ask
 
 
 PREFIX = "reasoning_gym/"
-DEFAULTS = {"size": 2000, "test_size": 200, "seed": 0}
+DEFAULTS = {"size": 2000, "test_size": 200, "seed": 0, "examples": []}
 REPEATED_IN_A_ROW = 200  # after so many problems that were there before, a task is taken to have no others
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ def load_task(name: str, settings: dict | None = None, setting: str = "dataset_n
 
     Args:
         name: `reasoning_gym/` and the name of the task.
-        settings: `size` and `test_size`, the numbers of problems (2,000 and 200); `seed` (0); and the task's own.
+        settings: `size` and `test_size`, the numbers of problems (2,000 and 200); `seed` (0); `examples` of
+            [`task_prompt`] (none); and the task's own.
         setting: What error messages call the name.
 
     Raises:
@@ -57,10 +58,11 @@ def load_task(name: str, settings: dict | None = None, setting: str = "dataset_n
     task = name.removeprefix(PREFIX)
     config_class = config_class_of(task, setting)
     own = DEFAULTS | (settings or {})
-    size, test_size, seed = (own.pop(key) for key in DEFAULTS)
+    size, test_size, seed, examples = (own.pop(key) for key in DEFAULTS)
     for key, value, least in [("size", size, 1), ("test_size", test_size, 1), ("seed", seed, 0)]:
         if type(value) is not int or value < least:
             raise ValueError(f"dataset_settings: {key}={value!r} must be a whole number, at least {least}.")
+    check_examples(examples)
     check_settings(task, own, config_class)
 
     most = 2 * (5 * max(size, test_size) + REPEATED_IN_A_ROW)  # problems that are looked at, of both splits
@@ -70,7 +72,7 @@ def load_task(name: str, settings: dict | None = None, setting: str = "dataset_n
     for split, wanted, numbers in [("train", size, range(0, most, 2)), ("test", test_size, range(1, most, 2))]:
         known = splits["train"] if split == "test" else {}
         try:
-            splits[split], made, left_out = draw(fields, wanted, numbers, known, f"{name}, {split}")
+            splits[split], made, left_out = draw(fields, wanted, numbers, known, examples, f"{name}, {split}")
         except RuntimeError as error:
             values = described(config_class, own)
             raise ValueError(f"{setting}: {name} cannot make problems with {values}: {error}") from error
@@ -88,7 +90,9 @@ def load_task(name: str, settings: dict | None = None, setting: str = "dataset_n
     return DatasetDict({split: Dataset.from_list(list(rows.values())) for split, rows in splits.items()})
 
 
-def draw(fields: dict, wanted: int, numbers: range, known: Collection[str], title: str) -> tuple[dict, int, int]:
+def draw(
+    fields: dict, wanted: int, numbers: range, known: Collection[str], examples: list[list[str]], title: str
+) -> tuple[dict, int, int]:
     """Rows by their questions: the first `wanted` new ones among problems of these numbers.
 
     Returns:
@@ -105,20 +109,42 @@ def draw(fields: dict, wanted: int, numbers: range, known: Collection[str], titl
             left_out += question in known
             in_a_row += 1
             if question not in known and question not in rows:
-                rows[question] = {"prompt": task_prompt(question), "solution": answer, "problem": problem}
+                rows[question] = {"prompt": task_prompt(question, examples), "solution": answer, "problem": problem}
                 in_a_row = 0
                 bar.update()
     return rows, made, left_out
 
 
-def task_prompt(question: str) -> list[dict]:
-    """The chat that asks a question, and for its answer in the tags that reasoning-gym looks for: one user turn.
+def task_prompt(question: str, examples: list[list[str]]) -> list[dict]:
+    """The chat that asks a question, and for its answer in the tags that reasoning-gym looks for.
 
     No system turn, because some chat templates refuse one, and those of Qwen2.5 and SmolLM2 have one of their own,
     with which the models were trained.
+
+    Args:
+        question: Of the task.
+        examples: Pairs of a question and its answer, for a model too weak to follow words about tags: turns that come
+            first, and take the place of those words.
     """
-    text = f"{question}\n\nThink step by step, and end with your final answer between <answer> and </answer>."
-    return [{"role": "user", "content": text}]
+    if not examples:
+        text = f"{question}\n\nThink step by step, and end with your final answer between <answer> and </answer>."
+        return [{"role": "user", "content": text}]
+    turns = []
+    for asked, answer in examples:
+        turns += [("user", asked), ("assistant", f"<answer>{answer}</answer>")]
+    return [{"role": role, "content": text} for role, text in [*turns, ("user", question)]]
+
+
+def check_examples(examples):
+    """Raise a `ValueError` for anything but a list of pairs of texts."""
+    pairs = examples if isinstance(examples, list) else [None]
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs) or not all(
+        isinstance(text, str) and text.strip() for pair in pairs for text in pair
+    ):
+        raise ValueError(
+            f"dataset_settings: examples={examples!r:.200} must be a list of pairs of texts, [[question, answer]]. "
+            "Quote numbers."
+        )
 
 
 def config_class_of(task: str, setting: str = "dataset_name") -> type:
