@@ -43,6 +43,7 @@ MODELS = {
     "Qwen2.5-Math-7B": (Qwen2Config, 3584, 18944, 28, 28, 4, 152064, 4096, False),
     "Qwen2.5-32B": (Qwen2Config, 5120, 27648, 64, 40, 8, 152064, 131072, False),
     "SmolLM2-135M": (LlamaConfig, 576, 1536, 30, 9, 3, 49152, 8192, True),
+    "SmolLM2-135M-Instruct": (LlamaConfig, 576, 1536, 30, 9, 3, 49152, 8192, True),
 }
 
 # The settings that the paper trained with: arXiv 2603.19835, tables 2 and 3, and its official scripts where these are

@@ -21,7 +21,7 @@ from fipo_trl.reasoning_gym_process import ask
 
 
 PREFIX = "reasoning_gym/"
-DEFAULTS = {"size": 2000, "test_size": 200, "seed": 0}
+DEFAULTS = {"size": 2000, "test_size": 200, "seed": 0, "examples": []}
 UNUSABLE = {
     "composite": "is a mixture, whose settings are other tasks: name one of them",
     "game_of_life_halting": "has a scorer that takes any answer for right",  # in 0.1.25
@@ -50,7 +50,8 @@ def load_task(name: str, settings: dict | None = None, setting: str = "dataset_n
 
     Args:
         name: `reasoning_gym/` and the name of the task.
-        settings: `size` and `test_size`, the numbers of problems (2,000 and 200); `seed` (0); and the task's own.
+        settings: `size` and `test_size`, the numbers of problems (2,000 and 200); `seed` (0); `examples` of
+            [`task_prompt`] (none); and the task's own.
         setting: What error messages call the name.
 
     Raises:
@@ -61,7 +62,7 @@ def load_task(name: str, settings: dict | None = None, setting: str = "dataset_n
     """
     config_class = check_task(name, settings, setting)
     own = DEFAULTS | (settings or {})
-    size, test_size, seed = (own.pop(key) for key in DEFAULTS)
+    size, test_size, seed, examples = (own.pop(key) for key in DEFAULTS)
     most = 2 * (5 * max(size, test_size) + REPEATED_IN_A_ROW)  # problems that are looked at, of both splits
     first = 2 * random.Random(seed).getrandbits(30)  # some tasks take no seeds of more than 32 bits
     fields = {"task": name.removeprefix(PREFIX), "settings": own | {"seed": first, "size": most}}
@@ -80,7 +81,12 @@ def load_task(name: str, settings: dict | None = None, setting: str = "dataset_n
                 f"{described(config_class, own)}."
             )
     logger.info(f"{name}: {'; '.join(reports)}.")
-    return DatasetDict({split: Dataset.from_list(list(rows.values())) for split, rows in splits.items()})
+    return DatasetDict(
+        {
+            split: Dataset.from_list([{"prompt": task_prompt(asked, examples)} | row for asked, row in rows.items()])
+            for split, rows in splits.items()
+        }
+    )
 
 
 def draw(fields: dict, wanted: int, numbers: range, in_train: Collection[str], title: str) -> tuple[dict, str]:
@@ -109,7 +115,7 @@ def draw(fields: dict, wanted: int, numbers: range, in_train: Collection[str], t
                 counts["in_train" if question in in_train else "repeated"] += 1
                 in_a_row += 1
                 continue
-            rows[question] = {"prompt": task_prompt(question), "solution": answer, "problem": problem}
+            rows[question] = {"solution": answer, "problem": problem}
             in_a_row = 0
             bar.update()
     report = f"{counts['made']:,} made, {counts['repeated']:,} repeated, {len(rows):,} kept"
@@ -120,14 +126,36 @@ def draw(fields: dict, wanted: int, numbers: range, in_train: Collection[str], t
     return rows, report
 
 
-def task_prompt(question: str) -> list[dict]:
-    """The chat that asks a question, and for its answer in the tags that reasoning-gym looks for: one user turn.
+def task_prompt(question: str, examples: list[list[str]]) -> list[dict]:
+    """The chat that asks a question, and for its answer in the tags that reasoning-gym looks for.
 
     No system turn, because some chat templates refuse one, and those of Qwen2.5 and SmolLM2 have one of their own,
     with which the models were trained.
+
+    Args:
+        question: Of the task.
+        examples: Pairs of a question and its answer, for a model too weak to follow words about tags: turns that come
+            first, and take the place of those words.
     """
-    text = f"{question}\n\nThink step by step, and end with your final answer between <answer> and </answer>."
-    return [{"role": "user", "content": text}]
+    if not examples:
+        text = f"{question}\n\nThink step by step, and end with your final answer between <answer> and </answer>."
+        return [{"role": "user", "content": text}]
+    turns = []
+    for asked, answer in examples:
+        turns += [("user", asked), ("assistant", f"<answer>{answer}</answer>")]
+    return [{"role": role, "content": text} for role, text in [*turns, ("user", question)]]
+
+
+def check_examples(examples):
+    """Raise a `ValueError` for anything but a list of pairs of texts."""
+    pairs = examples if isinstance(examples, list) else [None]
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs) or not all(
+        isinstance(text, str) and text.strip() for pair in pairs for text in pair
+    ):
+        raise ValueError(
+            f"dataset_settings: examples={examples!r:.200} must be a list of pairs of texts, [[question, answer]]. "
+            "Quote numbers."
+        )
 
 
 def config_class_of(task: str, setting: str = "dataset_name") -> type:
@@ -174,6 +202,7 @@ def check_task(name: str, settings: dict | None = None, setting: str = "dataset_
         value = own.pop(key)
         if type(value) is not int or value < least:
             raise ValueError(f"dataset_settings: {key}={value!r} must be a whole number, at least {least}.")
+    check_examples(own.pop("examples"))
     known = settings_of(config_class)
     for name, value in own.items():
         if name not in known:

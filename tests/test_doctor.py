@@ -60,6 +60,7 @@ def sizes(parts):
         ("models/Qwen2.5-Math-7B", 7_615_616_512),
         ("Qwen/Qwen2.5-32B", 32_763_876_352),
         ("HuggingFaceTB/SmolLM2-135M", 134_515_008),
+        ("outputs/not-made/SmolLM2-135M-Instruct", 134_515_008),
     ],
 )
 def test_shapes_of_public_models(name, published):
