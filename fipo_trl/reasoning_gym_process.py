@@ -18,6 +18,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 
 
 SECONDS = {"make": 120, "score": 2}  # of CPU time
@@ -145,4 +146,6 @@ def serve():
 
 
 if __name__ == "__main__":
-    serve()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # codeio's programs write files
+        serve()

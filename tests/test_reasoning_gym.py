@@ -44,6 +44,12 @@ WITHOUT_ANSWER = {"boxnet", "rush_hour"}
 ODD = ["", " ", "x", "é∞𝟙٣\x00\ud800", "[" * 5000, "(" * 5000, "1" * 9900, "{}", "null", "NaN", '{"a": 1}', "[[1], 2]"]
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path):
+    """Programs of codeio write files, which `entry_of` lets them do where it runs."""
+    monkeypatch.chdir(tmp_path)
+
+
 def chat(text):
     return [{"role": "assistant", "content": text}]
 
@@ -197,6 +203,9 @@ def test_too_few_problems_are_found_out_soon(settings, message):
         ("gcd", {"test_size": True}, "test_size=True must be a whole number, at least 1"),
         ("gcd", {"seed": -1}, "seed=-1 must be a whole number, at least 0"),
         ("gcd", {"seed": 1.0}, "seed=1.0 must be a whole number"),
+        ("gcd", {"examples": "gcd of 2 and 4? 2"}, r"examples='gcd .*' must be a list of pairs of texts"),
+        ("gcd", {"examples": [["gcd of 2 and 4?", 2]]}, r"examples=\[.*\] must be a list .* Quote numbers."),
+        ("gcd", {"examples": [["gcd of 2 and 4?"]]}, "must be a list of pairs"),
         (
             "spell_backward",
             {"data_file": "none.txt"},
@@ -367,6 +376,27 @@ def test_each_process_has_its_own_and_takes_it_along():
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_files_that_problems_write_are_not_left_here(tmp_path):
+    few("codeio", size=80)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_examples_are_turns_before_the_question(gcd):
+    rows = few("gcd", examples=[["gcd of 2 and 4?", "2"], ["gcd of 6 and 9?", "3"]])["train"]
+    for row in rows:
+        *before, question = row["prompt"]
+        assert [turn["content"] for turn in before] == [
+            "gcd of 2 and 4?",
+            "<answer>2</answer>",
+            "gcd of 6 and 9?",
+            "<answer>3</answer>",
+        ]
+        assert [turn["role"] for turn in row["prompt"]] == ["user", "assistant"] * 2 + ["user"]
+        _, entry = entry_of(row["problem"])
+        assert question["content"] == entry["question"]
+        assert reasoning_gym_accuracy([f"<answer>{row['solution']}</answer>"], [row["problem"]]) == [1.0]
 
 
 def test_a_process_that_was_killed_is_replaced(gcd):
