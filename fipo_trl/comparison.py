@@ -26,8 +26,9 @@ except ImportError as error:
 
 FINAL_SHARE = 0.8  # of its own final accuracy, which a run must reach for `updates_to_80`
 SMOOTHED = 3  # rows (generations, if each is logged): the mean of so many must reach it
-# What the runs logged, averaged over all rows; named as logged, with the last word where the maximum is meant
+# What the runs logged, averaged over all rows
 LOGGED = (
+    "reward",
     "grad_norm",
     "policy/kl",
     "policy/dual_clip_fraction",
@@ -134,6 +135,7 @@ ROWS = {
     "behaviour/one_chain": ("one chain, %", 100, 1),
     "behaviour/one_self_check": ("one check, %", 100, 1),
     "behaviour/several_self_checks": ("several checks, %", 100, 1),
+    "reward": ("reward, mean over training, %", 100, 1),
     "updates_to_80": ("updates to 80% of its final accuracy", 1, 0),
     "grad_norm": ("gradient norm, mean", 1, 3),
     "grad_norm/max": ("gradient norm, largest of a generation", 1, 2),

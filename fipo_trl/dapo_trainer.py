@@ -65,11 +65,22 @@ class DAPOTrainer(GRPOTrainer):
             vllm_cpu.refuse_untested_version()
         super().__init__(model, reward_funcs, args, *positional, **keywords)
         self._check_ends()
+        self._warn_of_dropout()
         self._dynamic_sampler = self._make_dynamic_sampler() if args.dynamic_sampling else None
 
         if adopted:
             values = ", ".join(f"{name}={value}" for name, value in adopted.items())
             logger.warning(f"GRPOConfig was promoted to FIPOConfig. Settings left at TRL's defaults became: {values}.")
+
+    def _warn_of_dropout(self):
+        """π_old and π_θ would draw different masks, and differ where the weights are the same."""
+        dropout = max((layer.p for layer in self.model.modules() if isinstance(layer, torch.nn.Dropout)), default=0.0)
+        if dropout > 0:
+            logger.warning(
+                f"The model has dropout ({dropout:g}; lora_dropout is 0.05 by TRL's default). It puts noise into every "
+                "log-ratio, also in the first update of a generation, and Future-KL sums it up. Set lora_dropout=0.0, "
+                "or disable_dropout=True for all of the model."
+            )
 
     # Rollouts
 

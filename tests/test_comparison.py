@@ -95,7 +95,7 @@ def test_metrics_of_a_run(tmp_path):
     assert metrics["length_median"] == 11
     assert [metrics[f"behaviour/{name}"] for name in ("no_derivation", "one_chain")] == [0.25, 0.25]
     assert [metrics[f"behaviour/{name}"] for name in ("one_self_check", "several_self_checks")] == [0.25, 0.25]
-    assert metrics["policy/kl"] == 0.25
+    assert (metrics["reward"], metrics["policy/kl"]) == (0.5, 0.25)
     assert metrics["fipo/masked_fraction"] == 0.25
     assert (metrics["grad_norm"], metrics["grad_norm/max"]) == (1.0, 2.5)
     assert (metrics["updates_to_80"], metrics["alarms"]) == (24, 0)

@@ -349,6 +349,16 @@ def test_lora(tmp_path):
         torch.testing.assert_close(loaded[name], value)
 
 
+@pytest.mark.parametrize("settings", [{}, {"disable_dropout": True}], ids=str)
+def test_dropout_is_warned_of(tmp_path, caplog, settings):
+    """With it the first update of a generation has weights other than 1, though the policy has not moved."""
+    peft_config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5, init_lora_weights=False)
+    trainer = make_trainer(tmp_path, keywords={"peft_config": peft_config}, max_steps=1, **settings)
+    trainer.train()
+    warned = "The model has dropout (0.5;" in caplog.text
+    assert warned == (logged(trainer, "fipo/active_fraction")[0] > 0) == (settings == {})
+
+
 def test_evaluation(tmp_path):
     held_out = Dataset.from_dict({"prompt": PROMPTS[:4]})
     evaluation = {"eval_strategy": "steps", "eval_steps": 8, "per_device_eval_batch_size": 4}
