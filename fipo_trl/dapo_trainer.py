@@ -77,9 +77,9 @@ class DAPOTrainer(GRPOTrainer):
         dropout = max((layer.p for layer in self.model.modules() if isinstance(layer, torch.nn.Dropout)), default=0.0)
         if dropout > 0:
             logger.warning(
-                f"The model has dropout ({dropout:g}; lora_dropout is 0.05 by TRL's default). It puts noise into every "
-                "log-ratio, also in the first update of a generation, and Future-KL sums it up. Set lora_dropout=0.0, "
-                "or disable_dropout=True for all of the model."
+                f"The model has dropout ({dropout:g}; lora_dropout is 0.05 by default in TRL). It puts noise into "
+                "every log-ratio, also in the first update of a generation, and Future-KL sums it up. Set "
+                "lora_dropout=0.0, or disable_dropout=True for all of the model."
             )
 
     # Rollouts

@@ -121,3 +121,15 @@ def test_tables_and_figure(tmp_path):
     draw_differences(compared, ["avg@32", "mean_length"], tmp_path / "differences.png")
     assert Image.open(tmp_path / "differences.png").width > 500
     assert {"avg@32", "cons@32", "pass@32"} <= ROWS.keys()
+
+
+def test_tables_of_the_study_are_those_of_its_results():
+    folder = ROOT / "recipes" / "tiny"
+    results = json.loads((folder / "study" / "results.json").read_text())
+    compared = compare({arm: part["runs"] for arm, part in results["arms"].items()})
+    text = (folder / "README.md").read_text()
+    for kind in ("mean", "minus_control"):
+        assert table(compared, kind) in text
+        for arm, part in compared.items():
+            expected = {name: list(interval) for name, interval in part[kind].items()}
+            assert expected == {name: pytest.approx(values) for name, values in results["arms"][arm][kind].items()}
