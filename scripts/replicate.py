@@ -199,7 +199,8 @@ def summarise(study: Study, root: Path, arms: list[str], seeds: list[int]) -> st
     (root / "results.json").write_text(text + "\n")
     (root / "curves.png").write_bytes(draw(CURVES, dict(list(drawn.items())[:3]), "step"))
     write_report(drawn, root / "report")
-    parts = [f"{len(seeds)} seeds; mean over them and 95% interval:\n\n{table(compared, 'mean')}"]
+    of_them = "One seed" if len(seeds) == 1 else f"{len(seeds)} seeds; mean over them and 95% interval"
+    parts = [f"{of_them}:\n\n{table(compared, 'mean')}"]
     if len(arms) > 1:
         draw_differences(compared, study.differences, root / "differences.png")
         parts.append(f"Difference to {arms[0]}, seed by seed:\n\n{table(compared, 'minus_control')}")
