@@ -10,6 +10,7 @@ differences to DAPO, seed by seed.
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -209,10 +210,21 @@ def summarise(study: Study, root: Path, arms: list[str], seeds: list[int]) -> st
 
 
 def run_study(study: Study, root: Path, arms: list[str], seeds: list[int], jobs: int):
-    """Run all that is not done. Seeds come first: while it runs, all arms have about as many."""
+    """Run all that is not done. Seeds come first: while it runs, all arms have about as many.
+
+    Raises:
+        ValueError: if there are runs of other arguments, or another process works on this study.
+        RuntimeError: if a run fails. The others stop with a checkpoint.
+        Interrupted: if a signal stopped it, or one of the runs.
+    """
     runs = {(seed, arm): arguments_of(study, arm, seed) for seed in seeds for arm in arms}
     for (seed, arm), arguments in runs.items():
         check_same(folder_of(root, arm, seed), arguments)
+    lock = open(root / "lock", "w")  # noqa: SIM115  # until this process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"Another process works on {root}. Wait for it, or give another --output_dir.") from error
     commands = Commands()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: commands.stop())
@@ -222,16 +234,13 @@ def run_study(study: Study, root: Path, arms: list[str], seeds: list[int], jobs:
             for (seed, arm), arguments in runs.items()
         }
         for future in as_completed(futures):
-            error = future.exception()
-            if isinstance(error, Exception) and not isinstance(error, Interrupted):
+            if error := future.exception():
                 commands.stop()
                 pool.shutdown(cancel_futures=True)
-                raise RuntimeError(f"{futures[future]}: {error}") from error
-            if error is None:
-                bar.update()
-                bar.set_postfix_str(futures[future])
-    if commands.stopping:
-        raise Interrupted
+                raise error if isinstance(error, Interrupted) else RuntimeError(f"{futures[future]}: {error}")
+            bar.update()
+            bar.set_postfix_str(futures[future])
+    lock.close()
 
 
 def main():

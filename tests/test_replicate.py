@@ -32,7 +32,7 @@ replicate.main()
 """
 
 
-def start(tmp_path, steps=48):
+def start(tmp_path, steps=80):
     problems = tmp_path / "problems.jsonl"
     problems.write_text(json.dumps({"prompt": "a3b0c4d1=", "solution": "3"}) + "\n")
     code = SHORT.format(steps=steps, problems=problems)
@@ -50,6 +50,9 @@ def test_stopped_study_goes_on(tmp_path):
     while not all(log.exists() and "'rollout_iteration': 2" in log.read_text() for log in logs):
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
+    second = start(tmp_path)
+    assert "Another process works on" in second.communicate()[1]
+    assert second.returncode == 1
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
@@ -64,7 +67,7 @@ def test_stopped_study_goes_on(tmp_path):
     for arm, log in zip(("DAPO", "FIPO [1.0, 1.2]"), logs, strict=True):
         assert log.read_text().count("'rollout_iteration': 1,") == 1  # it went on, and did not begin again
         history = json.loads((log.parent / "run" / "trainer_state.json").read_text())["log_history"]
-        assert [row["step"] for row in history if "reward" in row] == [8, 16, 24, 32, 40, 48]
+        assert [row["step"] for row in history if "reward" in row] == list(range(8, 81, 8))
         assert results["arms"][arm]["runs"]["1"]["avg@32"] > 0
     assert results["arms"]["FIPO [1.0, 1.2]"]["runs"]["1"]["fipo/active_fraction"] > 0
     assert "fipo/active_fraction" not in results["arms"]["DAPO"]["runs"]["1"]
@@ -76,7 +79,7 @@ def test_stopped_study_goes_on(tmp_path):
     assert (root / "report" / "report.html").exists()
 
     # The runs of other settings would pass for those that were asked for
-    _, errors = (process := start(tmp_path, steps=56)).communicate()
+    _, errors = (process := start(tmp_path, steps=88)).communicate()
     assert process.returncode == 1
     assert "seed-1 holds a run of other arguments" in errors
 
