@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from fipo_trl.comparison import ROWS, compare, draw_differences, metrics_of, over_seeds, table, updates_to
+from fipo_trl.comparison import ROWS, cell, compare, draw_differences, metrics_of, over_seeds, table, updates_to
 from fipo_trl.report import Run
 
 
@@ -133,3 +133,9 @@ def test_tables_of_the_study_are_those_of_its_results():
         for arm, part in compared.items():
             expected = {name: list(interval) for name, interval in part[kind].items()}
             assert expected == {name: pytest.approx(values) for name, values in results["arms"][arm][kind].items()}
+    readme = (ROOT / "README.md").read_text()
+    for arm in list(compared)[:3]:
+        (row,) = (line for line in readme.splitlines() if line.startswith(f"| {arm}") and "[" in line.split("|")[2])
+        for metric in ("avg@32", "mean_length"):
+            for kind in ("mean", "minus_control")[: 1 + (arm != "DAPO")]:
+                assert cell(compared[arm][kind][metric], *ROWS[metric][1:], signed=kind != "mean") in row
