@@ -136,6 +136,7 @@ def test_grpo_config_promotion_keeps_what_the_user_set(tmp_path):
     assert (ours.epsilon_high, ours.lr_scheduler_type) == (0.28, "constant_with_warmup")
     assert adopted.keys() == {
         "future_kl_half_life",
+        "future_kl_participation_mask",
         "influence_weight_min",
         "influence_weight_max",
         "influence_safety_ratio",

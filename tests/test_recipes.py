@@ -235,7 +235,7 @@ def test_lora_recipe_differs_only_in_lora():
     full = yaml.safe_load((tiny / "fipo.yaml").read_text())
     lora = yaml.safe_load((tiny / "fipo_lora.yaml").read_text())
     differing = {key for key in full.keys() | lora.keys() if full.get(key) != lora.get(key)}
-    lora_keys = {"use_peft", "lora_r", "lora_alpha", "lora_target_modules"}
+    lora_keys = {"use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
     assert differing == {*lora_keys, "output_dir", "learning_rate"}
 
 

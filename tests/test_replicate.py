@@ -68,7 +68,8 @@ def test_stopped_study_goes_on(tmp_path):
         assert log.read_text().count("'rollout_iteration': 1,") == 1  # it went on, and did not begin again
         history = json.loads((log.parent / "run" / "trainer_state.json").read_text())["log_history"]
         assert [row["step"] for row in history if "reward" in row] == list(range(8, 81, 8))
-        assert results["arms"][arm]["runs"]["1"]["avg@32"] > 0
+        evaluated = json.loads((log.parent / "evaluation" / "problems" / "summary.json").read_text())["metrics"]
+        assert results["arms"][arm]["runs"]["1"]["avg@32"] == evaluated["avg@32"]["value"]
     assert results["arms"]["FIPO [1.0, 1.2]"]["runs"]["1"]["fipo/active_fraction"] > 0
     assert "fipo/active_fraction" not in results["arms"]["DAPO"]["runs"]["1"]
     assert results["arms"]["DAPO"]["train"][-2:] == ["--trainer", "grpo"]
