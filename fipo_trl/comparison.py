@@ -75,11 +75,12 @@ def metrics_of(run: Run, evaluation: Path, derivation: str, self_check: str) -> 
     return metrics
 
 
-def updates_to(run: Run, share: float = FINAL_SHARE) -> float:
-    """Updates after which the mean reward of `SMOOTHED` rows first is this share of that of the last tenth."""
+def updates_to(run: Run) -> float:
+    """Updates after which the mean reward of `SMOOTHED` rows first is `FINAL_SHARE` of that of the last tenth."""
     rows = [row for row in run.rows if "reward" in row]
+    goal = FINAL_SHARE * run.end("reward")
     for end in range(SMOOTHED, len(rows) + 1):
-        if fmean(row["reward"] for row in rows[end - SMOOTHED : end]) >= share * run.end("reward"):
+        if fmean(row["reward"] for row in rows[end - SMOOTHED : end]) >= goal:
             return float(rows[end - 1]["step"])
     return math.nan
 
@@ -160,7 +161,7 @@ def table(compared: dict[str, dict], kind: str) -> str:
         compared: Of [`compare`].
         kind: "mean" or "minus_control". The second leaves out the control, which differs from itself by nothing.
     """
-    arms = [arm for arm in compared if kind == "mean" or compared[arm] is not next(iter(compared.values()))]
+    arms = list(compared)[0 if kind == "mean" else 1 :]
     lines = ["| | " + " | ".join(arms) + " |", "|---" * (len(arms) + 1) + "|"]
     for metric, (title, factor, decimals) in ROWS.items():
         cells = [cell(compared[arm][kind].get(metric), factor, decimals, signed=kind != "mean") for arm in arms]
