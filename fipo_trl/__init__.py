@@ -1,33 +1,33 @@
-"""FIPO (Future-KL Influenced Policy Optimization) for Hugging Face TRL."""
+"""FIPO (Future-KL Influenced Policy Optimization) and DAPO for Hugging Face TRL."""
 
-from fipo_trl.future_kl import future_kl
-from fipo_trl.influence import InfluenceStatistics, InfluenceWeights, influence_weights
+import importlib
+from typing import TYPE_CHECKING
 
-
-__version__ = "0.1.0.dev0"
-
-__all__ = [
-    "DAPOTrainer",
-    "FIPOConfig",
-    "FIPOTrainer",
-    "InfluenceStatistics",
-    "InfluenceWeights",
-    "future_kl",
-    "influence_weights",
-]
+from fipo_trl.objective.future_kl import future_kl
+from fipo_trl.objective.influence import influence_weights
 
 
-def __getattr__(name):  # the mathematics needs torch alone; TRL is imported with the first name that needs it
-    if name == "FIPOConfig":
-        from fipo_trl.fipo_config import FIPOConfig
+if TYPE_CHECKING:
+    from fipo_trl.trainer.dapo_config import DAPOConfig
+    from fipo_trl.trainer.dapo_trainer import DAPOTrainer
+    from fipo_trl.trainer.fipo_config import FIPOConfig
+    from fipo_trl.trainer.fipo_trainer import FIPOTrainer
 
-        return FIPOConfig
-    if name == "DAPOTrainer":
-        from fipo_trl.dapo_trainer import DAPOTrainer
 
-        return DAPOTrainer
-    if name == "FIPOTrainer":
-        from fipo_trl.fipo_trainer import FIPOTrainer
+__version__ = "0.2.0"
 
-        return FIPOTrainer
+__all__ = ["DAPOConfig", "DAPOTrainer", "FIPOConfig", "FIPOTrainer", "future_kl", "influence_weights"]
+
+# The mathematics needs torch alone; TRL is imported with the first of these names
+_OF_TRAINER = {
+    "DAPOConfig": "dapo_config",
+    "DAPOTrainer": "dapo_trainer",
+    "FIPOConfig": "fipo_config",
+    "FIPOTrainer": "fipo_trainer",
+}
+
+
+def __getattr__(name: str):
+    if name in _OF_TRAINER:
+        return getattr(importlib.import_module(f"fipo_trl.trainer.{_OF_TRAINER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -40,11 +40,11 @@ from transformers.trainer_callback import PrinterCallback
 from trl import GRPOTrainer
 
 from fipo_trl import DAPOTrainer, FIPOConfig, FIPOTrainer
-from fipo_trl.dynamic_sampling import DynamicSampler, PromptStream
-from fipo_trl.future_kl import future_kl
-from fipo_trl.influence import influence_weights
-from fipo_trl.length_grouping import trim
-from fipo_trl.monitoring import CollapseAlarm
+from fipo_trl.analysis.collapse import CollapseAlarm
+from fipo_trl.objective.future_kl import future_kl
+from fipo_trl.objective.influence import influence_weights
+from fipo_trl.trainer.dynamic_sampling import DynamicSampler, PromptStream
+from fipo_trl.trainer.length_grouping import trim
 
 
 TINY_BASE = Path(__file__).parents[1] / "recipes/tiny/base"

@@ -3,15 +3,16 @@
     python scripts/make_tiny_base.py
     python scripts/make_tiny_base.py --min_digits 7 --max_digits 9 --output recipes/tiny/study
 
-The base is a Qwen2 of two layers that has read a teacher's answers to running sums (`fipo_trl.running_sums`). It first
-learns from clean single chains how to add, then from checked chains how to walk again, and last from a mixture of
-guesses, chains with slips and checked chains. So it can do all that reinforcement learning has to bring out, but does
-the right thing only sometimes. The seed is fixed and one thread computes: a second run on the same machine with the
-same package versions writes the same bytes.
+The base is a Qwen2 of two layers that has read a teacher's answers to the task of recipes/tiny/running_sums.py. It
+first learns from clean single chains how to add, then from checked chains how to walk again, and last from a mixture
+of guesses, chains with slips and checked chains. So it can do all that reinforcement learning has to bring out, but
+does the right thing only sometimes. The seed is fixed and one thread computes: a second run on the same machine with
+the same package versions writes the same bytes.
 """
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from random import Random
@@ -21,7 +22,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from fipo_trl.running_sums import (
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the task lies beside its recipes
+from recipes.tiny.running_sums import (
     ALPHABET,
     BEHAVIOURS,
     behaviour,

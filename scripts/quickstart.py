@@ -3,8 +3,8 @@
     make quickstart
     make quickstart-vllm   vLLM does the rollouts, on the CPU; their speed is reported beside that of transformers
 
-The recipe is recipes/tiny/fipo.yaml (fipo_vllm.yaml), read by scripts/train_fipo.py as any other. Results go to
-outputs/quickstart: summary.json, training.png and the report that scripts/report.py writes. Ctrl-C leaves a
+The recipe is recipes/tiny/fipo.yaml (fipo_vllm.yaml), read as any other. Results go to
+outputs/quickstart: summary.json, training.png and the report that `fipo-trl report` writes. Ctrl-C leaves a
 checkpoint, from which the next run goes on.
 """
 
@@ -19,15 +19,16 @@ from statistics import mean
 import datasets
 import torch
 import transformers
-from make_tiny_base import sample
+from make_tiny_base import sample  # which puts the recipes on the path
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
-from train_fipo import build_trainer, parse, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from fipo_trl.report import Run, write_report
-from fipo_trl.running_sums import BEHAVIOURS, behaviour, exact_answer
+from fipo_trl.analysis.report import Run, write_report
+from fipo_trl.commands.train import prepare, train
+from fipo_trl.recipe.validate import read_and_validate
+from recipes.tiny.running_sums import BEHAVIOURS, behaviour, exact_answer
 
 
 RECIPE = "recipes/tiny/fipo.yaml"
@@ -147,14 +148,14 @@ def main():
     if any(run_dir.glob("checkpoint-*")):
         arguments += ["--resume_from_checkpoint", "latest"]
     try:
-        script_args, training_args, model_args, mixture = parse(arguments)
+        recipe = read_and_validate(arguments)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
-    held_out = datasets.load_dataset(script_args.dataset_name, split=script_args.dataset_test_split)
+    held_out = datasets.load_dataset(recipe.run.dataset_name, split=recipe.run.dataset_test_split)
     problems = held_out["prompt"][:]
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
-    model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.model_name_or_path)
+    model = AutoModelForCausalLM.from_pretrained(recipe.model.model_name_or_path, dtype=torch.float32)
     print(
         f"A Qwen2 of {model.num_parameters():,} weights adds digits modulo 5: {problems[0]}{held_out['solution'][0]}\n"
         f"1/3  The base model, {SAMPLES} samples for each of {len(problems)} held-out problems ..."
@@ -162,15 +163,15 @@ def main():
     base = evaluate(model, tokenizer, problems)
     print(f"     {base[f'avg@{SAMPLES}']:.1%} right\n2/3  Training with FIPO ({options.config}) ...")
 
-    trainer, checkpoint = build_trainer(script_args, training_args, model_args, mixture)
+    recipe, trainer, checkpoint = prepare(arguments)
     speeds = {}
-    if training_args.use_vllm:
-        plain, _ = build_trainer(*parse([*arguments, "--use_vllm", "false"]))
+    if recipe.training.use_vllm:
+        _, plain, _ = prepare([*arguments, "--use_vllm", "false"])
         speeds = {"vllm": rollout_speed(trainer), "transformers": rollout_speed(plain)}
         print("     rollouts, tokens/s: " + ", ".join(f"{name} {speed:,.0f}" for name, speed in speeds.items()))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar())
-    if status := train(trainer, checkpoint, script_args.dataset_name, script_args.on_collapse):
+    if status := train(trainer, recipe, checkpoint):
         sys.exit(status)
 
     print("3/3  The trained model, on the same problems ...")

@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tqdm.auto import tqdm
-from train_fipo import INTERRUPTED, parse
 
-from fipo_trl.comparison import compare, draw_differences, metrics_of, table
-from fipo_trl.monitoring import latest_checkpoint
-from fipo_trl.report import Run, draw, write_report
+from fipo_trl.analysis.comparison import compare, draw_differences, metrics_of, table
+from fipo_trl.analysis.report import Run, draw, write_report
+from fipo_trl.commands.train import INTERRUPTED
+from fipo_trl.recipe.validate import read_and_validate
+from fipo_trl.trainer.resume import latest_checkpoint
 
 
 class Study(NamedTuple):
@@ -55,7 +56,7 @@ WIDE = [*TINY, "--influence_weight_min", "0.8"]
 STUDIES = {
     "tiny": Study(
         arms={
-            "DAPO": [*TINY, "--trainer", "grpo"],
+            "DAPO": [*TINY, "--trainer", "dapo"],
             "FIPO [1.0, 1.2]": TINY,
             "FIPO [0.8, 1.2]": WIDE,
             "no participation mask": [*WIDE, "--future_kl_participation_mask", "false"],
@@ -63,7 +64,7 @@ STUDIES = {
             "half-life 128": [*WIDE, "--future_kl_half_life", "128"],
         },
         evaluation=[
-            *("--dataset", "recipes/tiny/study/data", "--reward", "fipo_trl.running_sums.exact_answer"),
+            *("--dataset", "recipes/tiny/study/data", "--reward", "recipes.tiny.running_sums.exact_answer"),
             *("--max_tokens", "192", "--top_p", "1.0"),
         ],
         seeds=range(1, 6),
@@ -150,8 +151,7 @@ def arguments_of(study: Study, arm: str, seed: int) -> dict:
     """All that says what a run is: the arguments of its two commands, and the recipe."""
     train = study.arms[arm]
     recipe = Path(train[train.index("--config") + 1])
-    script_args, *_ = parse(train)
-    of_task = script_args.dataset_settings
+    of_task = read_and_validate(train).run.dataset_settings
     return {
         "train": [*train, "--seed", str(seed)],
         "evaluate": study.evaluation + (["--dataset_settings", json.dumps(of_task)] if of_task else []),
@@ -175,7 +175,7 @@ def summarise(study: Study, root: Path, arms: list[str], seeds: list[int]) -> st
     """Write results.json, the figures and report.html of finished runs; returns the tables, in Markdown."""
     metrics, drawn = {}, {}
     for arm in arms:
-        _, args, _, _ = parse(study.arms[arm])
+        args = read_and_validate(study.arms[arm]).training
         folders = {seed: folder_of(root, arm, seed) for seed in seeds}
         drawn[arm] = [Run(folder / "run") for folder in folders.values()]
         metrics[arm] = {}

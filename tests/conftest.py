@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 
 # One thread per process: several test processes share the cores, and OpenMP threads that wait for each other are slow
@@ -6,3 +7,5 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is how the tests fix the completions
+# What tests start as processes of their own may import the helpers, as pytest's `pythonpath` lets the tests do
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))

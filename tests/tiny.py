@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from fipo_trl import FIPOConfig, FIPOTrainer
+from fipo_trl import DAPOConfig, DAPOTrainer, FIPOConfig, FIPOTrainer
 
 
 BASE = "recipes/tiny/base"
@@ -95,9 +95,10 @@ def make_args(output_dir, config_class=FIPOConfig, **settings):
 
 def make_trainer(output_dir, trainer_class=FIPOTrainer, *, args=None, prompts=PROMPTS, keywords=None, **settings):
     """`settings` go to the config, `keywords` to the trainer."""
+    config_class = DAPOConfig if trainer_class is DAPOTrainer else FIPOConfig  # which is a GRPOConfig, too
     return trainer_class(
         model=make_model(),
-        args=args or make_args(output_dir, **settings),
+        args=args or make_args(output_dir, config_class, **settings),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=AutoTokenizer.from_pretrained(BASE, padding_side="left"),
         **{"reward_funcs": longer_is_better, **(keywords or {})},

@@ -1,0 +1,1 @@
+"""What finished runs did: reports, comparisons, the collapse alarm, the token credit page."""

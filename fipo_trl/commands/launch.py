@@ -1,0 +1,128 @@
+"""`fipo-trl train`: start the processes of a training through accelerate, pass signals on, and return its status.
+
+`accelerate launch` does the first alone: it ends with 1 whatever the status of its processes, and a signal that it
+gets kills them, or leaves them behind.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+
+from fipo_trl.commands.train import INTERRUPTED, STATUS_FILE
+from fipo_trl.recipe.shipped import find_accelerate_config
+
+
+WORKER = "fipo_trl.commands.train"
+DESCRIPTION = """Train a language model with FIPO, or with DAPO on the same recipe as the control arm.
+
+    fipo-trl train --config recipes/tiny/fipo.yaml
+    fipo-trl train --config recipes/tiny/fipo.yaml --trainer dapo --output_dir outputs/dapo
+    fipo-trl train --config recipes/Qwen2.5-7B/fipo_lora.yaml --accelerate_config one_gpu
+
+Every field of `FIPOConfig`, of TRL's `ModelConfig` and of TRL's script arguments is a flag and a key of the YAML file;
+flags win. An unknown one is an error. Ctrl-C (or a job scheduler's SIGTERM) saves a checkpoint and stops;
+`--resume_from_checkpoint latest` goes on from it.
+
+exit status: 0 when training ran to its end, 130 after a signal, 3 after a collapse with on_collapse: stop (both leave
+a checkpoint), 1 for what is refused or fails.
+"""
+EPILOG = "--config RECIPE.yaml reads any of these from a file; --help all lists them."
+
+
+def launch_parser() -> argparse.ArgumentParser:
+    """The flags that go to accelerate. For its others, use `accelerate launch scripts/train_fipo.py`."""
+    parser = argparse.ArgumentParser(
+        prog="fipo-trl train",
+        usage="fipo-trl train --config RECIPE.yaml [--SETTING VALUE ...]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--accelerate_config",
+        metavar="YAML",
+        help="how the run is spread: a file of `accelerate config`, or a name in recipes/accelerate such as one_gpu",
+    )
+    parser.add_argument("--num_processes", help="processes of all machines")
+    parser.add_argument("--num_machines", help="machines")
+    parser.add_argument("--machine_rank", help="number of this machine, from 0")
+    parser.add_argument("--main_process_ip", help="address of machine 0")
+    parser.add_argument("--main_process_port", help="a port of machine 0")
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU where there is a GPU")
+    return parser
+
+
+def show_help():
+    """Print the launcher's flags, and every setting."""
+    from fipo_trl.recipe.read import Parser
+
+    launch_parser().print_help()
+    print()
+    Parser(usage=argparse.SUPPRESS, add_help=False).print_help()
+
+
+def main(arguments: list[str]):
+    """Train, and end with the exit status of the training."""
+    if {"-h", "--help"} & set(arguments):
+        show_help()
+        return
+    options, settings = launch_parser().parse_known_args(arguments)
+    flags = vars(options)
+    config, cpu = flags.pop("accelerate_config"), flags.pop("cpu")
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    try:
+        command += ["--config_file", str(find_accelerate_config(config))] if config else []
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    command += ["--cpu"] if cpu else []
+    command += [word for name, value in flags.items() if value is not None for word in (f"--{name}", value)]
+    sys.exit(run([*command, "--module", WORKER, *settings]))
+
+
+def run(command: list[str]) -> int:
+    """Run accelerate and pass signals on to the processes of the training, not to accelerate, which would kill them.
+
+    Returns:
+        The exit status of the training.
+    """
+    signalled = False
+    with tempfile.TemporaryDirectory() as folder:
+        status_file = Path(folder, "status")
+        environment = os.environ | {STATUS_FILE: str(status_file)}
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+
+        def pass_on(number, frame):
+            nonlocal signalled
+            signalled = True
+            for worker in workers(process.pid):
+                worker.send_signal(number)
+
+        handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            status = process.wait()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        if status_file.exists():
+            return int(status_file.read_text())
+    return INTERRUPTED if signalled else status
+
+
+def workers(launcher: int) -> list[psutil.Process]:
+    """The processes of the training: children of accelerate. Their own children, such as engines, are theirs."""
+    found = []
+    try:
+        for child in psutil.Process(launcher).children():
+            if WORKER in child.cmdline():
+                found.append(child)
+    except psutil.NoSuchProcess:
+        pass
+    return found

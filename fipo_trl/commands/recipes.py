@@ -1,0 +1,1 @@
+"""List the recipes that come with this package, or copy one."""

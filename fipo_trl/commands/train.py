@@ -1,0 +1,139 @@
+"""Train a language model with FIPO, or with DAPO on the same recipe as the control arm: what each process runs.
+
+    accelerate launch scripts/train_fipo.py --config recipes/tiny/fipo.yaml
+    accelerate launch scripts/train_fipo.py --config recipes/tiny/fipo.yaml --trainer dapo --output_dir outputs/dapo
+
+`fipo-trl train` starts this with accelerate, see `launch.py`.
+"""
+
+import gc
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+
+from fipo_trl.recipe.read import read
+from fipo_trl.recipe.validate import Recipe, validate
+
+
+if TYPE_CHECKING:
+    from fipo_trl.trainer.dapo_trainer import DAPOTrainer
+
+
+INTERRUPTED, COLLAPSED = (
+    130,
+    3,
+)  # exit status of a run that saved a checkpoint and stopped: by a signal, or by the alarm
+STATUS_FILE = "FIPO_TRL_STATUS_FILE"  # of the environment: where the launcher wants the exit status to be written
+
+
+def train(trainer: "DAPOTrainer", recipe: Recipe, checkpoint: str | None) -> int:
+    """Train, and save the model with its card and `trainer_state.json`, from which reports are drawn.
+
+    Returns:
+        The exit status: 0 if training ran to its end, else `INTERRUPTED` or `COLLAPSED`. Then the checkpoint is its
+        last word.
+    """
+    from fipo_trl.analysis.collapse import CollapseAlarm
+    from fipo_trl.trainer.stop_on_signal import StopOnSignal
+
+    output_dir, dataset_name = trainer.args.output_dir, recipe.run.dataset_name
+    stop_on_signal, alarm = StopOnSignal(), CollapseAlarm(recipe.run.on_collapse)
+    trainer.add_callback(stop_on_signal)
+    trainer.add_callback(alarm)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.accelerator.wait_for_everyone()  # torchrun kills who still writes a checkpoint when another process exits
+    if stop_on_signal.stopped:
+        trainer.accelerator.print(
+            f"Stopped at update {trainer.state.global_step}, with a checkpoint in {output_dir}. The same command with "
+            "--resume_from_checkpoint latest goes on from there."
+        )
+        return INTERRUPTED
+    if alarm.stopped:
+        trainer.accelerator.print(
+            f"Stopped at update {trainer.state.global_step} because on_collapse is 'stop': {alarm.stopped}. The "
+            f"checkpoints are in {output_dir}; start from one before update {alarm.stopped.dual_clip_update}."
+        )
+        return COLLAPSED
+    trainer.save_model(output_dir)
+    trainer.save_state()
+    trainer.create_model_card(dataset_name=dataset_name)
+    trainer.accelerator.print(f"Trained for {trainer.state.global_step} updates. The model is in {output_dir}.")
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
+    return 0
+
+
+def prepare(arguments: list[str]) -> tuple[Recipe, "DAPOTrainer", str | None]:
+    """The recipe, the trainer that it describes, and the checkpoint to resume from.
+
+    Raises:
+        ValueError: for all that is refused.
+    """
+    written = read(arguments)
+    os.environ.update(written.env)
+    recipe = validate(written)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fipo_trl").setLevel(logging.INFO if recipe.training.process_index == 0 else logging.ERROR)
+    if recipe.ignored:
+        logging.getLogger("fipo_trl").info(
+            f"trainer=dapo does not read these settings of FIPO in {written.path}: {', '.join(recipe.ignored)}."
+        )
+    from fipo_trl.recipe.build import build
+    from fipo_trl.trainer.resume import find_checkpoint
+
+    training = recipe.training
+    checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint, training.max_steps)
+    return recipe, build(recipe), checkpoint
+
+
+def leave_process_group():
+    """End the processes' connection, when nothing refers to the trainer any more.
+
+    The model that DDP wraps goes first. If it held the last reference to the process group, torch would wait for
+    gloo's thread while it holds Python's lock, for which that thread may wait. A colocated vLLM engine that goes takes
+    the process group with it.
+    """
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def main(arguments: list[str] | None = None):
+    """Run one process of a training. Ends the process, with the exit status that [`train`] returns."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(arguments):
+        from fipo_trl.commands.launch import show_help
+
+        show_help()
+        return
+    try:
+        recipe, trainer, checkpoint = prepare(arguments)
+    except (ValueError, OSError) as error:
+        # Every process finds the same; the first one of a machine says it, and is the one that fails
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+            sys.exit(0)
+        print(f"error: {error}", file=sys.stderr)
+        end(1)
+    status = train(trainer, recipe, checkpoint)
+    is_distributed = torch.distributed.is_initialized()
+    del trainer
+    if is_distributed:
+        leave_process_group()
+    end(status)
+
+
+def end(status: int):
+    """End the process: with this exit status, or with 0 where a launcher reads the status from a file."""
+    if path := os.environ.get(STATUS_FILE):
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            with open(path, "w") as file:
+                file.write(str(status))
+        status = 0
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

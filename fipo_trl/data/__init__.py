@@ -1,0 +1,1 @@
+"""Datasets and tasks -> the columns that training and evaluation read."""

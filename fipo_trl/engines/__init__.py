@@ -1,0 +1,1 @@
+"""Plugins that vLLM loads by itself. Nothing here imports TRL or transformers."""

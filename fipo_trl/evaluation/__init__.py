@@ -1,0 +1,1 @@
+"""How good a model is: answers are sampled, scored and averaged, in training and after it."""

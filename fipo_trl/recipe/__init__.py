@@ -1,0 +1,1 @@
+"""A recipe becomes a trainer: it is read, validated, built."""

@@ -1,0 +1,130 @@
+"""The third step: settings -> a trainer with its data and rewards.
+
+What can be checked is checked before a model is loaded.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+from transformers import AutoTokenizer
+from trl import get_dataset, get_peft_config, get_quantization_config
+
+from fipo_trl.data.dapo_math import from_dapo, is_dapo, no_longer_than
+from fipo_trl.data.reasoning_gym import is_task
+from fipo_trl.data.sources import load_splits
+from fipo_trl.evaluation.problems import load_evaluation
+from fipo_trl.recipe.model_limits import find_config, impossible
+from fipo_trl.recipe.validate import Recipe
+from fipo_trl.rewards.names import columns_read_by, load_rewards, name_of
+
+
+if TYPE_CHECKING:  # imported when all else is known to be right: it takes seconds
+    from fipo_trl.trainer.dapo_trainer import DAPOTrainer
+
+
+def build(recipe: Recipe) -> "DAPOTrainer":
+    """The trainer that a recipe describes, with its evaluation callback.
+
+    Raises:
+        ValueError: if the model is not named, a reward function, the data or the problems to evaluate on cannot be
+            loaded or do not fit each other, or the model cannot do what is asked of it.
+    """
+    arguments = trainer_arguments(recipe)
+    evaluation = load_evaluation(
+        recipe.run.eval_problems or [], recipe.run.eval_reward, task_settings=recipe.run.task_settings
+    )
+    from fipo_trl.evaluation.callback import EvaluationCallback
+    from fipo_trl.trainer.dapo_trainer import DAPOTrainer
+    from fipo_trl.trainer.fipo_trainer import FIPOTrainer
+
+    trainer = {"fipo": FIPOTrainer, "dapo": DAPOTrainer}[recipe.run.trainer](**arguments)
+    if recipe.run.eval_problems:
+        trainer.add_callback(EvaluationCallback(trainer, *evaluation, *recipe.eval_sampling))
+    return trainer
+
+
+def trainer_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Keyword arguments of the trainer. Errors are those of [`build`]."""
+    run, training, model = recipe.run, recipe.training, recipe.model
+    if model.model_name_or_path is None:
+        raise ValueError("model_name_or_path is not set: give a local folder or the id of a model on the Hub.")
+    reward_funcs = load_rewards(
+        run.reward_funcs, training.max_completion_length, run.overlong_buffer, run.reward_model_name_or_path
+    )
+    decides, names = training.dynamic_sampling_reward, [name_of(function) for function in reward_funcs]
+    if decides is not None and decides not in names:
+        raise ValueError(
+            f"dynamic_sampling_reward='{decides}' is not one of the reward functions, {', '.join(names)}."
+        )
+    train_dataset, eval_dataset = load_data(recipe, reward_funcs)
+    if reasons := impossible(recipe, find_config(model, training.trust_remote_code), training.world_size):
+        raise ValueError("\n".join(reasons))
+    args = copy.copy(training)
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(training.model_init_kwargs or {}),
+    }
+    return {
+        "model": model.model_name_or_path,
+        "reward_funcs": reward_funcs,
+        "args": args,
+        "train_dataset": train_dataset,
+        "eval_dataset": eval_dataset,
+        "quantization_config": get_quantization_config(model),
+        "peft_config": get_peft_config(model),
+    }
+
+
+def load_data(recipe: Recipe, reward_funcs: Sequence[Callable | str]) -> tuple[Dataset, Dataset | None]:
+    """The train split and, if it is used, the test split, checked for the columns that training will read.
+
+    Data in the schema of DAPO-Math-17k are known by their columns, and converted.
+    """
+    run, longest = recipe.run, recipe.run.max_prompt_length
+    if recipe.mixture.datasets and run.dataset_name:
+        raise ValueError("Both 'datasets' and 'dataset_name' are set. Keep one.")
+    if recipe.mixture.datasets:
+        splits = get_dataset(recipe.mixture)
+    elif run.dataset_name:
+        splits = load_splits(
+            run.dataset_name, run.dataset_config, run.dataset_streaming, task_settings=run.dataset_settings
+        )
+    else:
+        raise ValueError("dataset_name is not set: give a local folder or file, or the id of a dataset on the Hub.")
+
+    tokenizer = None
+    if longest is not None:
+        tokenizer = AutoTokenizer.from_pretrained(
+            recipe.model.model_name_or_path,
+            revision=recipe.model.model_revision,
+            trust_remote_code=recipe.training.trust_remote_code,
+        )
+    evaluate = recipe.training.eval_strategy != "no"
+    names = [run.dataset_train_split] + ([run.dataset_test_split] if evaluate else [])
+    for name in names:
+        if name not in splits:
+            raise ValueError(f"The dataset has no split '{name}', only {', '.join(splits)}.")
+        try:
+            if is_dapo(splits[name].column_names):
+                splits[name] = from_dapo(splits[name], tokenizer, longest)
+            elif longest is not None and is_task(run.dataset_name or ""):
+                splits[name] = no_longer_than(longest, splits[name], tokenizer)
+            elif longest is not None:
+                raise ValueError(
+                    "max_prompt_length is for data in the schema of DAPO-Math-17k and for reasoning_gym/<task>. "
+                    "Remove it."
+                )
+        except ValueError as error:
+            raise ValueError(f"Split '{name}' of the dataset: {error}") from error
+        columns = splits[name].column_names
+        for column in ["prompt", *columns_read_by(reward_funcs)]:
+            if columns is not None and column not in columns:
+                raise ValueError(
+                    f"Split '{name}' of the dataset has no column '{column}', only {', '.join(columns)}. TRL reads "
+                    "'prompt', and the reward functions read the columns that they name as parameters."
+                )
+    return splits[names[0]], splits[names[1]] if evaluate else None

@@ -1,0 +1,163 @@
+"""The first step: a command line and the YAML file that it names -> what was written, with every name known.
+
+The second step, `validate`, makes settings of it. Neither imports a trainer or vLLM: a mistake is told at once.
+"""
+
+import argparse
+import difflib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+
+from fipo_trl.recipe.arguments import RunArguments
+from fipo_trl.trainer.dapo_config import DAPOConfig
+from fipo_trl.trainer.fipo_config import FIPOConfig
+
+
+CONFIGS: dict[str, type[DAPOConfig]] = {"fipo": FIPOConfig, "dapo": DAPOConfig}
+OF_FIPO = {f.name for f in fields(FIPOConfig)} - {f.name for f in fields(DAPOConfig)}  # what DAPO does not read
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a user wrote.
+
+    Attributes:
+        path: The recipe's file, if there is one.
+        recipe: Its settings, without `env`, in the form in which argparse converts them.
+        env: The environment variables under its key `env`.
+        flags: The rest of the command line, which wins over the recipe.
+        trainer: "fipo" or "dapo".
+        ignored: Settings of FIPO in the recipe, where a flag made DAPO of it.
+    """
+
+    path: str | None
+    recipe: dict[str, Any]
+    env: dict[str, str]
+    flags: tuple[str, ...]
+    trainer: str
+    ignored: tuple[str, ...]
+
+    @property
+    def given(self) -> set[str]:
+        """The names of the flags."""
+        return names_of(self.flags)
+
+    @property
+    def names(self) -> set[str]:
+        """The names of all settings that were written, in the recipe or as flags."""
+        return self.recipe.keys() | self.given
+
+
+class Parser(TrlParser):
+    """TRL's parser, which lets values of a YAML file through unread, with their types and choices checked."""
+
+    def __init__(self, config_class: type[DAPOConfig] = FIPOConfig, **kwargs):
+        dataclasses = (RunArguments, config_class, ModelConfig, DatasetMixtureConfig)
+        # Without abbreviations: `--max_step` must not pass for `--max_steps`
+        super().__init__(
+            dataclasses, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs
+        )
+        self.settings = {action.dest: action for action in self._actions if action.dest != "help"}
+        self.types = {name: kind for cls in dataclasses for name, kind in get_type_hints(cls).items()}
+
+    def error(self, message):  # argparse would print hundreds of lines of usage first
+        raise ValueError(message)
+
+    def check(self, name: str, value):
+        """The value of a recipe's key, in the form in which argparse converts and checks it."""
+        setting = self.settings[name]
+        for kind, word in [(type(None), "null"), (dict, "a mapping")]:
+            if isinstance(value, kind) and kind not in (get_origin(t) or t for t in get_args(self.types[name])):
+                raise ValueError(f"'{name}' cannot be {word}.")
+        takes_list = setting.nargs in ("+", "*")
+        if isinstance(value, list) and not takes_list:
+            raise ValueError(f"'{name}' takes one value, got the list {value}.")
+        values = value if isinstance(value, list) else [value]
+        if setting.choices and not set(values) <= set(setting.choices):
+            raise ValueError(f"'{name}' must be one of {', '.join(map(str, setting.choices))}, got {value}.")
+        if takes_list and value is not None:
+            return values
+        return str(value) if isinstance(value, (bool, int, float)) else value  # argparse converts strings
+
+
+def read(arguments: Iterable[str]) -> Written:
+    """Read the command line and the YAML file that follows `--config`, and refuse every name that nothing reads.
+
+    Raises:
+        ValueError: for a key or flag that nothing reads, with the nearest one that exists; for a key given twice; for
+            a value of the wrong type in the recipe; for a setting of FIPO where the trainer is DAPO.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.error = Parser.error.__get__(first)
+    options, flags = first.parse_known_args(list(arguments))
+    trainer = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    trainer.add_argument("--trainer")
+    trainer.error = first.error
+    by_flag = trainer.parse_known_args(flags)[0].trainer
+
+    parser = Parser()
+    spelled = {option.lstrip("-").replace("-", "_") for action in parser._actions for option in action.option_strings}
+    refuse_unknown(names_of(flags), spelled, "argument")
+    recipe, env = ({}, {}) if options.config is None else read_file(options.config, parser)
+    wanted = by_flag or recipe.get("trainer", "fipo")
+    if wanted not in CONFIGS:  # by a flag: the file's value has been checked
+        parser.parse_args(flags)
+    ignored = sorted(recipe.keys() & OF_FIPO) if wanted == "dapo" else []
+    if wanted == "dapo":
+        of_dapo = names_of(flags) & OF_FIPO
+        if of_dapo or (ignored and by_flag is None):
+            where, name = ("argument", min(of_dapo)) if of_dapo else (options.config, ignored[0])
+            raise ValueError(f"{where}: '{name}' is a setting of FIPO, and trainer=dapo does not read it. Remove it.")
+    return Written(
+        path=options.config,
+        recipe={name: value for name, value in recipe.items() if name not in ignored},
+        env=env,
+        flags=tuple(flags),
+        trainer=wanted,
+        ignored=tuple(ignored),
+    )
+
+
+def names_of(flags: Iterable[str]) -> set[str]:
+    """The names of the settings among the words of a command line."""
+    return {flag.split("=", 1)[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")}
+
+
+def read_file(path: str, parser: Parser) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings in a YAML file, ready for argparse, and the environment variables under its key `env`."""
+    if not os.path.isfile(path):
+        raise ValueError(f"--config {path}: there is no such file.")
+    try:
+        with open(path) as file:
+            document = yaml.compose(file, Loader=yaml.SafeLoader)
+        with open(path) as file:
+            recipe = yaml.safe_load(file)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} must hold 'key: value' lines.")
+    keys = [key.value for key, _ in document.value]
+    for key in keys:
+        if keys.count(key) > 1:  # YAML would let the last one win
+            raise ValueError(f"{path}: '{key}' is given {keys.count(key)} times. Keep one.")
+    env = {name: str(value) for name, value in (recipe.pop("env", None) or {}).items()}
+    refuse_unknown(recipe, parser.settings, path)
+    try:
+        return {name: parser.check(name, value) for name, value in recipe.items()}, env
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str):
+    """Raise a `ValueError` for a name that is not known, with the nearest one that is."""
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
+            raise ValueError(f"{where}: nothing reads '{name}'.{hint}")

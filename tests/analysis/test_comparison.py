@@ -1,0 +1,148 @@
+"""Means over seeds, paired differences and tables, against numbers worked out by hand."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+from fipo_trl.analysis.comparison import (
+    ROWS,
+    cell,
+    compare,
+    draw_differences,
+    metrics_of,
+    over_seeds,
+    table,
+    updates_to,
+)
+from fipo_trl.analysis.report import Run
+from fipo_trl.commands.evaluate import write_results
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_run(folder, rewards, **columns):
+    """A run that logged a row every 8 updates."""
+    rows = [
+        {"step": 8 * number, "loss": 0.1, "reward": reward, "grad_norm": 0.5, "step_time": 0.25}
+        for number, reward in enumerate(rewards, start=1)
+    ]
+    for name, values in columns.items():
+        for row, value in zip(rows, values, strict=True):
+            row[name.replace("__", "/")] = value
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {"global_step": rows[-1]["step"], "log_history": rows}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    return Run(folder)
+
+
+def test_interval_over_seeds():
+    # Student's t at 0.975 with 4 degrees of freedom is 2.7764; the standard deviation of 1 to 5 is the root of 2.5
+    value, low, high = over_seeds([1.0, 2.0, 3.0, 4.0, 5.0])
+    half = 2.7764451 * math.sqrt(2.5 / 5)
+    assert value == 3.0
+    assert (low, high) == pytest.approx((3 - half, 3 + half))
+    assert over_seeds([0.25, 0.25]) == (0.25, 0.25, 0.25)
+    assert over_seeds([0.5]) == pytest.approx((0.5, math.nan, math.nan), nan_ok=True)
+
+
+def test_differences_are_taken_seed_by_seed():
+    control = {1: {"avg@32": 0.5}, 2: {"avg@32": 0.9}, 4: {"avg@32": 0.0}}
+    arm = {2: {"avg@32": 0.95, "fipo/future_kl": 0.1}, 1: {"avg@32": 0.55, "fipo/future_kl": 0.3}}
+    compared = compare({"DAPO": control, "FIPO": arm})
+    # Whatever differs between the seeds drops out, and seed 4, which the arm lacks, does not count
+    assert compared["FIPO"]["minus_control"]["avg@32"] == pytest.approx((0.05, 0.05, 0.05))
+    assert compared["FIPO"]["mean"]["avg@32"].value == pytest.approx(0.75)
+    assert compared["FIPO"]["mean"]["avg@32"].high > 1
+    assert compared["DAPO"]["mean"]["avg@32"].value == pytest.approx(1.4 / 3)
+    assert "fipo/future_kl" not in compared["FIPO"]["minus_control"]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "updates"),
+    [
+        ([0.0, 0.5, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 40),  # (0.5 + 1 + 1) / 3 is the first above 0.8
+        ([1.0] * 10, 24),  # three rows are needed
+        ([0.1] * 9 + [1.0], math.nan),
+    ],
+)
+def test_updates_to_80_percent_of_the_final_reward(tmp_path, rewards, updates):
+    assert updates_to(make_run(tmp_path, rewards)) == pytest.approx(updates, nan_ok=True)
+
+
+def test_metrics_of_a_run(tmp_path):
+    run = make_run(tmp_path / "run", [0.5] * 4, policy__kl=[0.1, 0.2, 0.3, 0.4], fipo__masked_fraction=[0, 0, 0, 1])
+    run.rows[2]["grad_norm"] = 2.5
+    texts = ["A:2", "a3:3 A:3", "a3:3 ?a3:3 A:3", "a3:3 ?a3:3 ?a3:3 A:3"]
+    samples = [
+        [
+            {
+                "completion": text,
+                "answer": text[-1],
+                "correct": text[-1] == "3",
+                "length": len(text),
+                "truncated": False,
+            }
+            for text in texts[first : first + 2]
+        ]
+        for first in (0, 2)
+    ]
+    problems = Dataset.from_dict({"prompt": ["a3=", "a3="], "solution": ["3", "3"]})
+    settings = {"n": 2, "has_answers": True}
+    write_results(tmp_path, settings, problems, samples)
+    metrics = metrics_of(run, tmp_path, derivation="[a-z][0-4]:", self_check=r"\?[a-z]")
+    assert metrics["avg@2"] == 0.75
+    assert metrics["cons@2"] == 0.75  # one tie, one agreement
+    assert metrics["pass@2"] == 1.0
+    assert metrics["mean_length"] == (3 + 8 + 14 + 20) / 4
+    assert metrics["length_median"] == 11
+    assert [metrics[f"behaviour/{name}"] for name in ("no_derivation", "one_chain")] == [0.25, 0.25]
+    assert [metrics[f"behaviour/{name}"] for name in ("one_self_check", "several_self_checks")] == [0.25, 0.25]
+    assert (metrics["reward"], metrics["policy/kl"]) == (0.5, 0.25)
+    assert metrics["fipo/masked_fraction"] == 0.25
+    assert (metrics["grad_norm"], metrics["grad_norm/max"]) == (1.0, 2.5)
+    assert (metrics["updates_to_80"], metrics["alarms"]) == (24, 0)
+    assert metrics["seconds"] == 0.25 * 32
+    assert "fipo/active_fraction" not in metrics
+
+
+def test_tables_and_figure(tmp_path):
+    control = {seed: {"avg@32": 0.9, "mean_length": 60.0 + seed} for seed in (1, 2, 3)}
+    arm = {seed: {"avg@32": 0.9, "mean_length": 62.0 + 2 * seed, "fipo/active_fraction": 0.5} for seed in (1, 2, 3)}
+    compared = compare({"DAPO": control, "FIPO": arm})
+    assert table(compared, "mean").splitlines() == [
+        "| | DAPO | FIPO |",
+        "|---|---|---|",
+        "| avg@32, % | 90.0 [90.0, 90.0] | 90.0 [90.0, 90.0] |",
+        "| mean length, tokens | 62.0 [59.5, 64.5] | 66.0 [61.0, 71.0] |",
+        "| weights other than 1, % | - | 50.0 [50.0, 50.0] |",
+    ]
+    assert table(compared, "minus_control").splitlines()[2:] == [
+        "| avg@32, % | +0.0 [+0.0, +0.0] |",
+        "| mean length, tokens | +4.0 [+1.5, +6.5] |",
+    ]
+    draw_differences(compared, ["avg@32", "mean_length"], tmp_path / "differences.png")
+    assert Image.open(tmp_path / "differences.png").width > 500
+    assert {"avg@32", "cons@32", "pass@32"} <= ROWS.keys()
+
+
+def test_tables_of_the_study_are_those_of_its_results():
+    folder = ROOT / "recipes" / "tiny"
+    results = json.loads((folder / "study" / "results.json").read_text())
+    compared = compare({arm: part["runs"] for arm, part in results["arms"].items()})
+    text = (folder / "README.md").read_text()
+    for kind in ("mean", "minus_control"):
+        assert table(compared, kind) in text
+        for arm, part in compared.items():
+            expected = {name: list(interval) for name, interval in part[kind].items()}
+            assert expected == {name: pytest.approx(values) for name, values in results["arms"][arm][kind].items()}
+    readme = (ROOT / "README.md").read_text()
+    for arm in list(compared)[:3]:
+        (row,) = (line for line in readme.splitlines() if line.startswith(f"| {arm}") and "[" in line.split("|")[2])
+        for metric in ("avg@32", "mean_length"):
+            for kind in ("mean", "minus_control")[: 1 + (arm != "DAPO")]:
+                assert cell(compared[arm][kind][metric], *ROWS[metric][1:], signed=kind != "mean") in row

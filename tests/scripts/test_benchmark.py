@@ -1,0 +1,40 @@
+"""The benchmarks run, and what they print is the table that their help promises. No test guards a time."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("command", "columns"),
+    [
+        ("future-kl", ["ours, ms", "block sum, ms", "serial scan, ms", "one exp, ms"]),
+        ("update", ["FIPOTrainer, s", "GRPOTrainer, s", "ungrouped, s", "trimmed, s", "not padding"]),
+        ("monitoring", ["FIPOTrainer, ms", "FIPOTrainer: share", "DAPOTrainer: monitoring, ms", "DAPOTrainer: share"]),
+        ("memory", ["peak, (B, T) float32", "influence_weights, ms", "share"]),
+        ("dynamic-sampling", ["keep rate", "least possible", "auto", "3x (DAPO)", "4x (FIPO)"]),
+    ],
+)
+def test_quick(command, columns):
+    run = subprocess.run(
+        [sys.executable, "scripts/benchmark.py", command, "--quick"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert run.returncode == 0, run.stderr
+    header, _, *rows = [line for line in run.stdout.splitlines() if line.startswith("|")]
+    assert all(column in header for column in columns)
+    assert len(rows) == (9 if command == "dynamic-sampling" else 2)
+    assert f"python scripts/benchmark.py {command} --quick" in run.stdout
+    if command == "future-kl":
+        errors = [float(cell) for cell in re.findall(r" (\de[-+]\d\d) \|", rows[0])]
+        assert len(errors) == 3
+        assert max(errors) < 1e-5  # all three compute the same thing
+    if command == "update":
+        shares = [float(share) for share in rows[1].split("|")[-2].split(",")]
+        grouped, grpo, ungrouped, trimmed = shares
+        assert grouped > trimmed > grpo == ungrouped
