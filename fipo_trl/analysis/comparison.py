@@ -11,17 +11,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import pyarrow.parquet as pq
+from matplotlib.figure import Figure
+from scipy.stats import t
 
 from fipo_trl.analysis.report import COLOURS, Run
 from fipo_trl.evaluation.statistics import Interval
 from fipo_trl.trainer.metrics import BEHAVIOURS, behaviour
-
-
-try:
-    from matplotlib.figure import Figure
-    from scipy.stats import t
-except ImportError as error:
-    raise ImportError("A comparison needs matplotlib and scipy. Install them: pip install matplotlib scipy") from error
 
 
 FINAL_SHARE = 0.8  # of its own final accuracy, which a run must reach for `updates_to_80`

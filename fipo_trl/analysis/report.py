@@ -15,17 +15,12 @@ from io import BytesIO
 from pathlib import Path
 from statistics import mean
 
+from matplotlib.figure import Figure
 from transformers.trainer import TRAINER_STATE_NAME
 
 from fipo_trl.analysis.collapse import HISTORY, PATIENCE, Collapse, collapse_at
 from fipo_trl.trainer.metrics import BEHAVIOURS
 from fipo_trl.trainer.resume import latest_checkpoint
-
-
-try:
-    from matplotlib.figure import Figure
-except ImportError as error:
-    raise ImportError("A report needs matplotlib. Install it: pip install matplotlib") from error
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 from fipo_trl.data.sources import load_splits
 from fipo_trl.planning import doctor, paper, plan
+from fipo_trl.planning import memory as gpu_memory
 from fipo_trl.planning.memory import GIB
 from fipo_trl.planning.plan import make_plan
 from fipo_trl.recipe import model_limits
