@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from fipo_trl.analysis.comparison import compare, draw_differences, metrics_of, table
 from fipo_trl.analysis.report import Run, draw, write_report
-from fipo_trl.commands.train import INTERRUPTED
+from fipo_trl.commands.status import INTERRUPTED
 from fipo_trl.recipe.validate import read_and_validate
 from fipo_trl.trainer.resume import latest_checkpoint
 

@@ -1,4 +1,4 @@
-"""`fipo-trl train`: start the processes of a training through accelerate, pass signals on, and return its status.
+"""`fipo-trl train`: start the processes of a training, pass signals on, and return its exit status.
 
 `accelerate launch` does the first alone: it ends with 1 whatever the status of its processes, and a signal that it
 gets kills them, or leaves them behind.
@@ -13,8 +13,10 @@ import tempfile
 from pathlib import Path
 
 import psutil
+import torch
+from accelerate.commands.config.config_args import default_config_file
 
-from fipo_trl.commands.train import INTERRUPTED, STATUS_FILE
+from fipo_trl.commands.status import INTERRUPTED, STATUS_FILE
 from fipo_trl.recipe.shipped import find_accelerate_config
 
 
@@ -32,7 +34,7 @@ flags win. An unknown one is an error. Ctrl-C (or a job scheduler's SIGTERM) sav
 exit status: 0 when training ran to its end, 130 after a signal, 3 after a collapse with on_collapse: stop (both leave
 a checkpoint), 1 for what is refused or fails.
 """
-EPILOG = "--config RECIPE.yaml reads any of these from a file; --help all lists them."
+EPILOG = "--config RECIPE.yaml reads the settings below from a file."
 
 
 def launch_parser() -> argparse.ArgumentParser:
@@ -70,21 +72,32 @@ def show_help():
 
 
 def main(arguments: list[str]):
-    """Train, and end with the exit status of the training."""
+    """Train, and end with the exit status of the training.
+
+    A single process is this one. Several are started by accelerate, by the flags of [`launch_parser`], by the file of
+    `accelerate config` if there is one, or on all GPUs of this machine.
+    """
     if {"-h", "--help"} & set(arguments):
         show_help()
         return
     options, settings = launch_parser().parse_known_args(arguments)
-    flags = vars(options)
-    config, cpu = flags.pop("accelerate_config"), flags.pop("cpu")
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    try:
-        command += ["--config_file", str(find_accelerate_config(config))] if config else []
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    command += ["--cpu"] if cpu else []
-    command += [word for name, value in flags.items() if value is not None for word in (f"--{name}", value)]
-    sys.exit(run([*command, "--module", WORKER, *settings]))
+    words = []
+    for name, value in vars(options).items():
+        if name == "accelerate_config" and value is not None:
+            try:
+                words += ["--config_file", str(find_accelerate_config(value))]
+            except ValueError as error:
+                sys.exit(f"error: {error}")
+        elif name != "cpu" and value is not None:
+            words += [f"--{name}", value]
+    if options.cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # what `accelerate launch --cpu` sets
+    if not words and not os.path.isfile(default_config_file) and (options.cpu or torch.cuda.device_count() < 2):
+        from fipo_trl.commands import train
+
+        train.main(settings)
+    words += ["--cpu"] if options.cpu else []
+    sys.exit(run([sys.executable, "-m", "accelerate.commands.launch", *words, "--module", WORKER, *settings]))
 
 
 def run(command: list[str]) -> int:

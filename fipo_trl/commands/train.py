@@ -3,7 +3,7 @@
     accelerate launch scripts/train_fipo.py --config recipes/tiny/fipo.yaml
     accelerate launch scripts/train_fipo.py --config recipes/tiny/fipo.yaml --trainer dapo --output_dir outputs/dapo
 
-`fipo-trl train` starts this with accelerate, see `launch.py`.
+`fipo-trl train` starts this, see `launch.py`.
 """
 
 import gc
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fipo_trl.commands.status import COLLAPSED, INTERRUPTED, end, is_first_of_machine
 from fipo_trl.recipe.read import read
 from fipo_trl.recipe.validate import Recipe, validate
 
@@ -113,7 +114,7 @@ def main(arguments: list[str] | None = None):
         recipe, trainer, checkpoint = prepare(arguments)
     except (ValueError, OSError) as error:
         # Every process finds the same; the first one of a machine says it, and is the one that fails
-        if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        if not is_first_of_machine():
             sys.exit(0)
         print(f"error: {error}", file=sys.stderr)
         end(1)
@@ -123,16 +124,6 @@ def main(arguments: list[str] | None = None):
     if is_distributed:
         leave_process_group()
     end(status)
-
-
-def end(status: int):
-    """End the process: with this exit status, or with 0 where a launcher reads the status from a file."""
-    if path := os.environ.get(STATUS_FILE):
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            with open(path, "w") as file:
-                file.write(str(status))
-        status = 0
-    sys.exit(status)
 
 
 if __name__ == "__main__":
