@@ -1,0 +1,27 @@
+"""How a training ends, for who started it."""
+
+import os
+import sys
+from typing import NoReturn
+
+
+INTERRUPTED, COLLAPSED = (
+    130,
+    3,
+)  # exit status of a run that saved a checkpoint and stopped: by a signal, or by the alarm
+STATUS_FILE = "FIPO_TRL_STATUS_FILE"  # of the environment: where a launcher wants the exit status to be written
+
+
+def end(status: int) -> NoReturn:
+    """End the process: with this exit status, or with 0 where a launcher reads the status from a file."""
+    if path := os.environ.get(STATUS_FILE):
+        if is_first_of_machine():
+            with open(path, "w") as file:
+                file.write(str(status))
+        status = 0
+    sys.exit(status)
+
+
+def is_first_of_machine() -> bool:
+    """Whether this is the first of the processes that accelerate started here, or the only one."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
