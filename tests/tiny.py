@@ -2,6 +2,7 @@
 
 import gc
 import random
+from dataclasses import fields
 
 import torch
 from datasets import Dataset
@@ -94,8 +95,10 @@ def make_args(output_dir, config_class=FIPOConfig, **settings):
 
 
 def make_trainer(output_dir, trainer_class=FIPOTrainer, *, args=None, prompts=PROMPTS, keywords=None, **settings):
-    """`settings` go to the config, `keywords` to the trainer."""
+    """`settings` go to the config (those of FIPO not to DAPO's), `keywords` to the trainer."""
     config_class = DAPOConfig if trainer_class is DAPOTrainer else FIPOConfig  # which is a GRPOConfig, too
+    known = {f.name for f in fields(config_class)}
+    settings = {name: value for name, value in settings.items() if name in known or not hasattr(FIPOConfig, name)}
     return trainer_class(
         model=make_model(),
         args=args or make_args(output_dir, config_class, **settings),

@@ -16,11 +16,10 @@ from pathlib import Path
 from statistics import mean
 
 from matplotlib.figure import Figure
-from transformers.trainer import TRAINER_STATE_NAME
 
 from fipo_trl.analysis.collapse import HISTORY, PATIENCE, Collapse, collapse_at
 from fipo_trl.trainer.metrics import BEHAVIOURS
-from fipo_trl.trainer.resume import latest_checkpoint
+from fipo_trl.trainer.resume import TRAINER_STATE_NAME, latest_checkpoint
 
 
 @dataclass(frozen=True)

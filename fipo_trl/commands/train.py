@@ -23,13 +23,6 @@ if TYPE_CHECKING:
     from fipo_trl.trainer.dapo_trainer import DAPOTrainer
 
 
-INTERRUPTED, COLLAPSED = (
-    130,
-    3,
-)  # exit status of a run that saved a checkpoint and stopped: by a signal, or by the alarm
-STATUS_FILE = "FIPO_TRL_STATUS_FILE"  # of the environment: where the launcher wants the exit status to be written
-
-
 def train(trainer: "DAPOTrainer", recipe: Recipe, checkpoint: str | None) -> int:
     """Train, and save the model with its card and `trainer_state.json`, from which reports are drawn.
 

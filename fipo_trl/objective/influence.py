@@ -21,7 +21,7 @@ ACTIVE_DISTANCE = 1e-4  # a token with |f - 1| above this is one on which FIPO d
 
 
 class InfluenceStatistics(NamedTuple):
-    """Sums over the scored tokens of a batch, each a 0-d tensor: add them over micro-batches and ranks, then divide.
+    """Sums over the scored tokens of a batch, each a 0-d tensor. `total` takes several batches together.
 
     Fractions of tokens are a count over `tokens`, those of sequences over `sequences`. The last two are extremes.
     """
@@ -42,6 +42,13 @@ class InfluenceStatistics(NamedTuple):
     weight_min: Tensor  # smallest f, +inf without scored tokens
     weight_max: Tensor  # largest f, -inf without scored tokens
 
+    @classmethod
+    def total(cls, rows: Tensor) -> "InfluenceStatistics":
+        """The statistics of several batches taken together, as floats. `rows` are (N, fields), one batch a row."""
+        extremes = {"weight_min": Tensor.amin, "weight_max": Tensor.amax}
+        columns = zip(cls._fields, rows.unbind(dim=1), strict=True)
+        return cls(*torch.stack([extremes.get(name, Tensor.sum)(column) for name, column in columns]).tolist())
+
 
 class PolicyStatistics(NamedTuple):
     """Those of them that do not depend on the weights."""
@@ -49,6 +56,11 @@ class PolicyStatistics(NamedTuple):
     tokens: Tensor
     policy_kl: Tensor
     dual_clipped: Tensor
+
+    @classmethod
+    def total(cls, rows: Tensor) -> "PolicyStatistics":
+        """As [`InfluenceStatistics.total`]."""
+        return cls(*rows.sum(dim=0).tolist())
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,23 @@ class Batch(NamedTuple):
     surplus: int  # mixed groups found beyond those that the batch needed
     mean_reward: float  # deciding reward of all that was generated; NaN if nothing was
 
+    def metrics(self) -> dict[str, float]:
+        """What is logged under `dynamic_sampling/`."""
+        values = {
+            "rounds": self.rounds,
+            "generated": self.generated,
+            "kept": len(self.groups) - self.fillers,
+            "surplus": self.surplus,
+            "carried_over": self.carried_over,
+        }
+        if self.generated:
+            values |= {
+                "all_right_fraction": self.all_right / self.generated,
+                "all_wrong_fraction": self.all_wrong / self.generated,
+                "reward": self.mean_reward,
+            }
+        return values
+
 
 class PromptStream:
     """The rows of a dataset without end, each epoch in another order (or in their own). Indexed by position."""

@@ -1,9 +1,8 @@
 """FIPOTrainer: where the influence weights meet TRL's loss. The formulas are in `influence.py`.
 
-`GRPOTrainer._compute_loss` first asks `_get_per_token_logps_and_entropies` for the log-probabilities of the policy.
-Only then does it read `inputs["advantages"]`, which may have one value per token. So one forward serves both: while
-the loss is computed, the second method also writes `A * f` into the inputs that the first is about to read. All else
-(clipping, dual clip, aggregation, KL, entropy bonus, vLLM correction, tool masks, images, metrics) is TRL's.
+While TRL computes a loss, and has computed the log-probabilities of the policy, but has not read the advantages yet,
+`A * f` takes the place of the advantages (`loss_scope.py`). So one forward serves both. All else (clipping, dual clip,
+aggregation, KL, entropy bonus, vLLM correction, tool masks, images, metrics) is TRL's.
 """
 
 import textwrap
@@ -11,6 +10,7 @@ import textwrap
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
+from torch import Tensor
 
 from fipo_trl.objective.influence import InfluenceStatistics, influence_weights
 from fipo_trl.trainer.dapo_trainer import DAPOTrainer
@@ -76,35 +76,33 @@ class FIPOTrainer(DAPOTrainer):
     def _generate_and_score_completions(self, inputs):
         outputs = super()._generate_and_score_completions(inputs)
         if self._token_credit is not None and self.model.training:
-            outputs["rewards"] = self._rewards(len(outputs["advantages"])).to(outputs["advantages"].device)
+            outputs["rewards"] = self._weighted_rewards(len(outputs["advantages"]))
         return outputs
 
-    def _rewards(self, rows: int) -> torch.Tensor:
-        """Weighted rewards (B,) of the completions just generated, NaN where no function gave one.
+    def _weighted_rewards(self, rows: int) -> Tensor:
+        """Rewards (B,) of this process's completions, summed over the functions, NaN where none gave one."""
+        first = self.accelerator.process_index * rows
+        by_function = self._rewards_per_function[first : first + rows]
+        rewards = (by_function * self.reward_weights.to(by_function.device)).nansum(dim=1)
+        return rewards.masked_fill(by_function.isnan().all(dim=1), torch.nan)
 
-        TRL keeps them for its own table, those of all processes in order, and hands on the advantages alone.
-        """
-        by_function = torch.tensor([list(self._logs["rewards"][name]) for name in self.reward_func_names])
-        rewards = (by_function * self.reward_weights.cpu().unsqueeze(1)).nansum(dim=0)
-        rewards[by_function.isnan().all(dim=0)] = torch.nan
-        return rewards[self.accelerator.process_index * rows :][:rows]
+    # A log-ratio becomes a weight
 
-    # The loss
-
-    def _weight_advantages(self, inputs, per_token_logps) -> InfluenceStatistics:
-        """Replace the advantages (B,) in `inputs` by `A f` (B, T), 0 for sequences that leave the policy loss."""
+    def _weight_advantages(self, per_token_logps: Tensor) -> InfluenceStatistics:
+        """Replace the advantages (B,) of the loss by `A f` (B, T), 0 for sequences that leave the policy loss."""
+        args, inputs = self.args, self._loss_scope.inputs
         advantages = inputs["advantages"]
-        log_ratio, mask = self._log_ratio(inputs, per_token_logps)
+        log_ratio, mask = self._loss_scope.log_ratio(per_token_logps)
         influence = influence_weights(
             log_ratio,
             advantages,
             mask,
-            half_life=self.args.future_kl_half_life,
-            weight_min=self.args.influence_weight_min,
-            weight_max=self.args.influence_weight_max,
-            dual_clip=self.args.delta,
-            safety_ratio=self.args.influence_safety_ratio,
-            participation_mask=self.args.future_kl_participation_mask,
+            half_life=args.future_kl_half_life,
+            weight_min=args.influence_weight_min,
+            weight_max=args.influence_weight_max,
+            dual_clip=args.delta,
+            safety_ratio=args.influence_safety_ratio,
+            participation_mask=args.future_kl_participation_mask,
         )
         if self._token_credit is not None:
             self._token_credit.record(self._step, self.state.global_step + 1, inputs, log_ratio, influence)
@@ -112,7 +110,7 @@ class FIPOTrainer(DAPOTrainer):
             advantages = advantages.unsqueeze(1)
         weighted = advantages * influence.weights
         statistics = influence.statistics
-        if self.args.drop_dual_clipped_sequences:
+        if args.drop_dual_clipped_sequences:
             weighted = weighted * influence.kept.unsqueeze(1)
         else:
             none = torch.zeros_like(statistics.dropped_tokens)
@@ -120,20 +118,12 @@ class FIPOTrainer(DAPOTrainer):
         inputs["advantages"] = weighted
         return statistics
 
-    # The end of an update
+    # Weights become metrics
 
-    def _finish_update(self, statistics: torch.Tensor):
-        """Reduce the statistics of an update, (ranks * micro-batches, statistics), and act on them."""
-        total = InfluenceStatistics(*statistics.sum(dim=0).tolist())
-        total = total._replace(
-            weight_min=statistics[:, InfluenceStatistics._fields.index("weight_min")].min().item(),
-            weight_max=statistics[:, InfluenceStatistics._fields.index("weight_max")].max().item(),
-        )
-        if total.tokens == 0:
-            return
-        self._log_policy(total)
+    def _finish_update(self, total: InfluenceStatistics):
+        super()._finish_update(total)
         self._exclude_dropped_tokens_from_mean(total)
-        self._log_statistics(total)
+        self._log_metrics(influence_metrics(total))
         self._warn_if_inert(total)
 
     def _exclude_dropped_tokens_from_mean(self, total: InfluenceStatistics):
@@ -152,23 +142,6 @@ class FIPOTrainer(DAPOTrainer):
                 if parameter.grad is not None:
                     parameter.grad.mul_(correction)
 
-    def _log_statistics(self, total: InfluenceStatistics):
-        per_token = {
-            "fipo/future_kl": total.future_kl,
-            "fipo/influence_weight/mean": total.weight,
-            "fipo/influence_weight/low_clip_fraction": total.low_clipped,
-            "fipo/influence_weight/high_clip_fraction": total.high_clipped,
-            "fipo/active_fraction": total.active,
-            "fipo/masked_fraction": total.masked,
-            "fipo/safety_fraction": total.safety_capped,
-        }
-        metrics = self._metrics["train"]
-        for name, value in per_token.items():
-            metrics[name].append(value / total.tokens)
-        metrics["fipo/influence_weight/min"].append(total.weight_min)
-        metrics["fipo/influence_weight/max"].append(total.weight_max)
-        metrics["fipo/dropped_sequence_fraction"].append(total.dropped_sequences / total.sequences)
-
     def _warn_if_inert(self, total: InfluenceStatistics):
         """Say so once when FIPO has equalled DAPO for two whole generations."""
         if self.args.fipo_is_off:
@@ -183,3 +156,21 @@ class FIPOTrainer(DAPOTrainer):
                 f"bounds [{self.args.influence_weight_min}, {self.args.influence_weight_max}] leave no room. Check "
                 f"learning_rate={self.args.learning_rate} and warmup_steps={self.args.warmup_steps:g}."
             )
+
+
+def influence_metrics(total: InfluenceStatistics) -> dict[str, float]:
+    """What is logged under `fipo/` of an update."""
+    per_token = {
+        "future_kl": total.future_kl,
+        "influence_weight/mean": total.weight,
+        "influence_weight/low_clip_fraction": total.low_clipped,
+        "influence_weight/high_clip_fraction": total.high_clipped,
+        "active_fraction": total.active,
+        "masked_fraction": total.masked,
+        "safety_fraction": total.safety_capped,
+    }
+    return {f"fipo/{name}": value / total.tokens for name, value in per_token.items()} | {
+        "fipo/influence_weight/min": total.weight_min,
+        "fipo/influence_weight/max": total.weight_max,
+        "fipo/dropped_sequence_fraction": total.dropped_sequences / total.sequences,
+    }

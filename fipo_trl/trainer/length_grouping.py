@@ -11,7 +11,10 @@ the same quantile of length, and none waits long for another where they meet in 
 Tensors in, tensors out; nothing here knows a trainer. Shapes: B rows, P prompt columns, T completion columns.
 """
 
+from collections.abc import Sequence
+
 import torch
+from accelerate.logging import get_logger
 from torch import Tensor
 
 
@@ -29,6 +32,8 @@ ROW_KEYS = {"advantages", "rewards"}  # (B,)
 BATCH_KEYS = {"num_items_in_batch"}  # of the whole generation, no matter the row
 
 Batch = dict[str, Tensor | None]
+
+logger = get_logger(__name__)
 
 
 def unknown_keys(batch: Batch) -> set[str]:
@@ -88,6 +93,35 @@ def regroup(micro_batches: list[Batch], per_update: int) -> list[Batch]:
                 )
             )
     return regrouped
+
+
+class LengthGrouping:
+    """Groups the micro-batches of each generation of a run, as far as that changes no update.
+
+    Args:
+        per_update: how many micro-batches make one optimizer update.
+        tied: what makes the loss of a row depend on the other rows of its micro-batch, in words. Then micro-batches
+            are cut, not sorted. The log says so, once.
+    """
+
+    def __init__(self, per_update: int, tied: Sequence[str]):
+        self.per_update = per_update
+        self.tied = tied
+        self.explained = False
+
+    def __call__(self, micro_batches: list[Batch]) -> list[Batch]:
+        if unknown := unknown_keys(micro_batches[0]):
+            self._explain(f"micro-batches with {', '.join(sorted(unknown))} are neither sorted nor cut")
+            return micro_batches
+        if self.tied:
+            self._explain(f"with {' and '.join(self.tied)} micro-batches are cut, but not sorted")
+            return [trim(batch) for batch in micro_batches]
+        return regroup(micro_batches, self.per_update)
+
+    def _explain(self, reason: str):
+        if not self.explained:
+            logger.warning(f"group_by_length: {reason}.")
+            self.explained = True
 
 
 def log_probs_by_length(log_probs, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs):

@@ -31,6 +31,7 @@ from trl import GRPOTrainer
 
 from fipo_trl import DAPOTrainer, FIPOTrainer
 from fipo_trl.trainer.dynamic_sampling import DynamicSampler, PromptStream, spread
+from fipo_trl.trainer.rollouts import make_sampler
 
 
 ROOT = Path(__file__).parents[2]
@@ -270,7 +271,7 @@ def test_metrics(tmp_path):
     trainer.train()
     rows = [row for row in trainer.state.log_history if "dynamic_sampling/rounds" in row]
     assert len(rows) == 2
-    prompts = [PROMPTS[trainer._dynamic_sampler.stream[i]] for i in range(24)]
+    prompts = [PROMPTS[trainer.dynamic_sampler.stream[i]] for i in range(24)]
     sums = [sum(rewards_of(prompt)) for prompt in prompts]
     mixed, right, wrong = 24 - sums.count(0) - sums.count(4), sums.count(4), sums.count(0)
     assert min(mixed - 8, right, wrong) > 0
@@ -374,7 +375,7 @@ def test_refuses(tmp_path, name, keywords, settings, monkeypatch):
     else:
         trainer.train_dataset = keywords["train_dataset"]
     with pytest.raises(ValueError, match=f"dynamic_sampling=True does not work with {name}"):
-        trainer._make_dynamic_sampler()
+        make_sampler(trainer)
 
 
 def test_refuses_an_unknown_reward(tmp_path):
@@ -413,7 +414,7 @@ def test_another_layout_goes_on_with_the_same_prompts(tmp_path, caplog):
     settings = {"save_strategy": "steps", "save_steps": 8, "dynamic_sampling_carry_over": True}
     trainer = make(tmp_path, max_steps=8, dynamic_sampling_oversample=2.0, **settings)
     trainer.train()
-    carried = [trainer._dynamic_sampler.stream[group.position] for group in trainer._dynamic_sampler.pool]
+    carried = [trainer.dynamic_sampler.stream[group.position] for group in trainer.dynamic_sampler.pool]
     assert carried
     resumed = make(tmp_path, max_steps=9, per_device_train_batch_size=8, **settings)
     resumed.train(resume_from_checkpoint=True)

@@ -182,8 +182,9 @@ def test_tool_output_is_not_scored(tmp_path):
     inputs = generate(trainer)[0]
     inputs["old_per_token_logps"] -= 0.1 * torch.randn(inputs["old_per_token_logps"].shape)
     inputs["old_per_token_logps"][inputs["tool_mask"] == 0] = math.nan
-    weighted_inputs = dict(inputs)
-    trainer._weight_advantages(weighted_inputs, token_logps(trainer.model, inputs).detach())
+    with trainer._loss_scope.open(inputs) as weighted_inputs:
+        logps = token_logps(trainer.model, inputs).detach()
+        trainer._loss_scope.statistics.append(trainer._weight_advantages(logps))
     mask = inputs["completion_mask"] * inputs["tool_mask"]
     assert 0 < mask.sum() < inputs["completion_mask"].sum()
     weights, _ = reference.influence(
@@ -370,7 +371,7 @@ def test_evaluation(tmp_path):
     assert not any("fipo" in name for row in evaluations for name in row)  # every weight would be 1
     # and they are not in the metrics of the next update, of which there would be more sequences
     assert len(logged(trainer, "fipo/active_fraction")) == 16
-    assert trainer._update_statistics == []
+    assert trainer._loss_scope.statistics == []
 
 
 class Kill(Exception):

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny import BASE, fixed_rollouts, generate, logged, make_args, make_trainer, parameters, scored_rollouts
 from transformers import AutoTokenizer
 
-from fipo_trl.trainer import dapo_trainer
+from fipo_trl.trainer import engine
+from fipo_trl.trainer.engine import EngineMismatch, check_ends
 
 
 def mismatch(trainer):
@@ -18,18 +20,18 @@ def mismatch(trainer):
 def test_mismatch_is_that_of_the_scored_tokens(tmp_path):
     trainer = make_trainer(tmp_path, keywords={"rollout_func": scored_rollouts}, group_by_length=False)
     seen = {}
-    score = trainer._log_engine_mismatch
-    trainer._log_engine_mismatch = lambda outputs: score(seen.setdefault("outputs", outputs))
+    measure = trainer._engine_mismatch.measure
+    trainer._engine_mismatch.measure = lambda outputs, fresh: measure(seen.setdefault("outputs", outputs), fresh)
     generate(trainer)
     differences, missing = [], 0
     outputs = seen["outputs"]
-    for engine, old, mask in zip(
+    for engine_row, old, mask in zip(
         outputs["sampling_per_token_logps"].tolist(),
         outputs["old_per_token_logps"].tolist(),
         outputs["completion_mask"].tolist(),
         strict=True,
     ):
-        for engine_logp, old_logp, scored in zip(engine, old, mask, strict=True):
+        for engine_logp, old_logp, scored in zip(engine_row, old, mask, strict=True):
             if scored and math.isnan(engine_logp):
                 missing += 1
             elif scored:
@@ -42,19 +44,21 @@ def test_mismatch_is_that_of_the_scored_tokens(tmp_path):
     }
 
 
-def test_output_of_tools_is_not_compared(tmp_path):
-    trainer = make_trainer(tmp_path, keywords={"rollout_func": fixed_rollouts})
+def of(**metrics):
+    return {f"engine_mismatch/{name}": value for name, value in metrics.items()}
+
+
+def test_output_of_tools_is_not_compared():
     batch = {
         "completion_mask": torch.tensor([[1, 1, 1, 0]]),
         "tool_mask": torch.tensor([[1, 0, 1, 1]]),
         "old_per_token_logps": torch.tensor([[-1.0, -1.0, -1.0, 0.0]]),
         "sampling_per_token_logps": torch.tensor([[-1.5, 9.0, -1.25, 9.0]]),
     }
-    trainer._log_engine_mismatch(batch)
-    assert mismatch(trainer) == {"mean": [0.375], "max": [0.5], "nan_tokens": [0]}
+    measure = EngineMismatch(Accelerator(cpu=True), truncated=False).measure
+    assert measure(batch) == of(mean=0.375, max=0.5, nan_tokens=0)
     batch["sampling_per_token_logps"] = torch.full((1, 4), math.nan)
-    trainer._log_engine_mismatch(batch)
-    assert mismatch(trainer) == {"mean": [0.375, 0.0], "max": [0.5, 0.0], "nan_tokens": [0, 2]}
+    assert measure(batch) == of(mean=0.0, max=0.0, nan_tokens=2)
 
 
 def test_mismatch_is_logged_each_generation_and_changes_nothing(tmp_path):
@@ -80,7 +84,7 @@ def test_warns_once_past_the_bound(tmp_path, caplog, monkeypatch):
     assert "above 0.05" in warnings[0]
     assert "token_truncate" in warnings[0]
     caplog.clear()
-    monkeypatch.setattr(dapo_trainer, "ENGINE_MISMATCH_BOUND", 100.0)
+    monkeypatch.setattr(engine, "MISMATCH_BOUND", 100.0)
     make_trainer(tmp_path, keywords={"rollout_func": scored_rollouts}).train()
     assert "engine_mismatch" not in caplog.text
 
@@ -98,10 +102,10 @@ def test_a_context_too_short_for_the_longest_prompt_is_refused(tmp_path):
     model_config = SimpleNamespace(max_model_len=7 + 16)
     engine = SimpleNamespace(model_config=model_config)
     trainer.vllm_generation = SimpleNamespace(llm=SimpleNamespace(llm_engine=engine))
-    trainer._check_ends()
+    check_ends(trainer)
     model_config.max_model_len -= 1
     with pytest.raises(ValueError, match=r"longest prompt \(7 tokens\).*need 23.*Set vllm_max_model_length=23"):
-        trainer._check_ends()
+        check_ends(trainer)
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path, monkeypatch):

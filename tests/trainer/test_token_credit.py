@@ -258,7 +258,7 @@ def test_only_the_first_process_writes(tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
     command += [
         str(ROOT / "recipes" / "accelerate" / "two_cpu_processes.yaml"),
-        str(ROOT / "tests" / "train_on_ranks.py"),
+        str(ROOT / "tests" / "trainer" / "train_on_ranks.py"),
     ]
     command += [str(tmp_path / "result"), str(tmp_path / "run"), json.dumps(settings)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
