@@ -1,0 +1,62 @@
+"""DAPO's settings stand beside FIPO's: what each trainer takes, and what a promoted GRPOConfig becomes."""
+
+from dataclasses import fields
+
+import pytest
+from tiny import PROMPTS, longer_is_better, make_args, make_model, make_trainer
+from trl import GRPOConfig
+
+from fipo_trl import DAPOConfig, DAPOTrainer, FIPOConfig, FIPOTrainer
+
+
+OF_FIPO = {f.name for f in fields(FIPOConfig)} - {f.name for f in fields(DAPOConfig)}
+
+
+def test_dapo_has_no_setting_of_fipo(tmp_path):
+    assert {"future_kl_half_life", "influence_weight_max", "token_credit_every"} <= OF_FIPO
+    assert issubclass(FIPOConfig, DAPOConfig)
+    for name in OF_FIPO:
+        with pytest.raises(TypeError, match=name):
+            make_args(tmp_path, DAPOConfig, **{name: 1})
+
+
+def test_one_update_per_generation_is_allowed(tmp_path):
+    args = make_args(tmp_path, DAPOConfig, gradient_accumulation_steps=2, steps_per_generation=2, max_steps=2)
+    assert args.updates_per_generation == 1
+    trainer = make_trainer(tmp_path, DAPOTrainer, args=args)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize(("trainer_class", "config_class"), [(DAPOTrainer, FIPOConfig), (FIPOTrainer, DAPOConfig)])
+def test_the_configuration_of_the_other_trainer_is_refused(tmp_path, trainer_class, config_class):
+    wanted = trainer_class._config_class.__name__
+    with pytest.raises(TypeError, match=f"args must be a {wanted} or a GRPOConfig, got {config_class.__name__}"):
+        trainer_class(make_model(), longer_is_better, make_args(tmp_path, config_class))
+
+
+def test_a_grpo_config_becomes_a_dapo_config(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, DAPOTrainer, args=make_args(tmp_path, GRPOConfig, max_steps=1), prompts=PROMPTS)
+    assert type(trainer.args) is DAPOConfig
+    assert "GRPOConfig was promoted to DAPOConfig" in caplog.text
+    assert "influence_weight" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "updates"),
+    [
+        ({}, 8),
+        ({"gradient_accumulation_steps": 2}, 8),
+        ({"num_iterations": 2}, 2),
+        ({"generation_batch_size": 8}, 2),
+        ({"steps_per_generation": 4}, 4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("config_class", [DAPOConfig, FIPOConfig])
+def test_batches_that_give_several_updates_are_kept(tmp_path, config_class, settings, updates):
+    theirs = make_args(tmp_path, GRPOConfig, **settings)
+    ours, adopted = config_class.from_grpo_config(theirs)
+    assert ours.updates_per_generation == updates
+    assert ("generation_batch_size" in adopted) == (ours.generation_batch_size != theirs.generation_batch_size)
+    assert ("generation_batch_size" in adopted) == (updates == 8)
