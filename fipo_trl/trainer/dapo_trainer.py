@@ -5,6 +5,8 @@ It reads as a list of the methods of TRL that are overridden. The work is done e
 the engine (`engine.py`), the scope of a loss (`loss_scope.py`), exact resuming (`resume.py`), metrics (`metrics.py`).
 """
 
+from typing import Any
+
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor
@@ -55,7 +57,7 @@ class DAPOTrainer(GRPOTrainer):
             raise TypeError(
                 f"args must be a {self._config_class.__name__} or a GRPOConfig, got {type(args).__name__}."
             )
-        adopted = {}
+        given, adopted = args, {}
         if not isinstance(args, DAPOConfig):
             args, adopted = self._config_class.from_grpo_config(args)
         if args.use_vllm and args.vllm_mode == "colocate" and is_vllm_available():
@@ -74,11 +76,7 @@ class DAPOTrainer(GRPOTrainer):
         if args.dynamic_sampling:
             self._group_rollouts = GroupRollouts(self)
         if adopted:
-            values = ", ".join(f"{name}={value}" for name, value in adopted.items())
-            logger.warning(
-                f"GRPOConfig was promoted to {self._config_class.__name__}. Settings left at TRL's defaults became: "
-                f"{values}."
-            )
+            tell_promotion(given, args, adopted)
 
     @property
     def dynamic_sampler(self) -> DynamicSampler | None:
@@ -213,6 +211,25 @@ class DAPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             restore_generation(self, checkpoint)
+
+
+def tell_promotion(given: GRPOConfig, args: DAPOConfig, adopted: dict[str, Any]):
+    """Log what a promoted `GRPOConfig` has become: a line for each setting, and one for larger generations."""
+    lines = [
+        f"  {name}={value}" + (f"  (was {getattr(given, name)})" if hasattr(given, name) else "")
+        for name, value in adopted.items()
+        if not name.endswith("_pattern")
+    ]
+    settings = "\n".join(lines)
+    logger.warning(
+        f"GRPOConfig was promoted to {type(args).__name__}. Settings left at TRL's defaults became:\n{settings}"
+    )
+    if args.generation_batch_size != given.generation_batch_size:
+        logger.warning(
+            f"completions per generation: {given.generation_batch_size} -> {args.generation_batch_size}, for "
+            f"{args.updates_per_generation:g} updates of {given.generation_batch_size} in place of 1. Set "
+            "steps_per_generation or generation_batch_size to choose otherwise."
+        )
 
 
 def warn_of_dropout(model: torch.nn.Module):

@@ -38,8 +38,21 @@ def test_the_configuration_of_the_other_trainer_is_refused(tmp_path, trainer_cla
 def test_a_grpo_config_becomes_a_dapo_config(tmp_path, caplog):
     trainer = make_trainer(tmp_path, DAPOTrainer, args=make_args(tmp_path, GRPOConfig, max_steps=1), prompts=PROMPTS)
     assert type(trainer.args) is DAPOConfig
-    assert "GRPOConfig was promoted to DAPOConfig" in caplog.text
-    assert "influence_weight" not in caplog.text
+    notice, growth = (record.message for record in caplog.records if record.levelname == "WARNING")
+    assert "GRPOConfig was promoted to DAPOConfig" in notice.splitlines()[0]
+    assert "  epsilon_high=0.28  (was None)" in notice.splitlines()
+    assert "  delta=10.0  (was None)" in notice.splitlines()
+    assert "pattern" not in notice
+    assert "influence_weight" not in notice
+    assert "completions per generation: 4 -> 32, for 8 updates of 4 in place of 1." in growth
+
+
+def test_a_grpo_config_of_several_updates_trains_on_the_data_that_sufficed(tmp_path, caplog):
+    args = make_args(tmp_path, GRPOConfig, generation_batch_size=16, max_steps=4)
+    trainer = make_trainer(tmp_path, FIPOTrainer, args=args, prompts=PROMPTS[:16])
+    trainer.train()
+    assert trainer.args.generation_batch_size == 16
+    assert "completions per generation" not in caplog.text
 
 
 @pytest.mark.parametrize(
