@@ -70,11 +70,14 @@ def prepare(arguments: list[str]) -> tuple[Recipe, "DAPOTrainer", str | None]:
     os.environ.update(written.env)
     recipe = validate(written)
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("fipo_trl").setLevel(logging.INFO if recipe.training.process_index == 0 else logging.ERROR)
+    logger = logging.getLogger("fipo_trl")
+    logger.setLevel(logging.INFO if recipe.training.process_index == 0 else logging.ERROR)
     if recipe.ignored:
-        logging.getLogger("fipo_trl").info(
+        logger.info(
             f"trainer=dapo does not read these settings of FIPO in {written.path}: {', '.join(recipe.ignored)}."
         )
+    for name, value in recipe.env.items():
+        logger.info(f"{written.path} sets the environment variable {name}={value}.")
     from fipo_trl.recipe.build import build
     from fipo_trl.trainer.resume import find_checkpoint
 

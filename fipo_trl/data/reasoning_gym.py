@@ -13,11 +13,15 @@ import os
 import random
 from collections import Counter
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
-from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 
 from fipo_trl.rewards.reasoning_gym_process import ask
+
+
+if TYPE_CHECKING:  # imported where a task is loaded: it takes half a second, and `is_task` is asked of every recipe
+    from datasets import DatasetDict
 
 
 PREFIX = "reasoning_gym/"
@@ -36,7 +40,7 @@ def is_task(name: str) -> bool:
     return name.startswith(PREFIX) and not os.path.exists(name)
 
 
-def load_task(name: str, settings: dict | None = None, setting: str = "dataset_name") -> DatasetDict:
+def load_task(name: str, settings: dict | None = None, setting: str = "dataset_name") -> "DatasetDict":
     """The problems of a task, each question once, in splits `train` and `test` that share no seed and no question.
 
     reasoning-gym makes a problem from a random seed, which here is even for `train` and odd for `test`, whatever the
@@ -60,6 +64,8 @@ def load_task(name: str, settings: dict | None = None, setting: str = "dataset_n
 
     Source: https://github.com/open-thought/reasoning-gym
     """
+    from datasets import Dataset, DatasetDict
+
     config_class = check_task(name, settings, setting)
     own = DEFAULTS | (settings or {})
     size, test_size, seed, examples = (own.pop(key) for key in DEFAULTS)

@@ -3,6 +3,7 @@
 A name is that of a local folder or file, of a dataset on the Hugging Face Hub, or `reasoning_gym/<task>`.
 """
 
+import json
 import os
 
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
@@ -50,11 +51,33 @@ def load_splits(
             HfApi().dataset_info(name, timeout=10)
         return load_dataset(name, config, streaming=streaming)
     except Exception as error:
+        check_lines(name, setting)
         raise ValueError(
             f"{setting}: cannot load '{name}' ({error}). Give a local folder or file (relative to the directory "
-            "you start from) or the id of a dataset on the Hugging Face Hub. Without a network, download it elsewhere "
-            "and give the folder, or set HF_HUB_OFFLINE=1 if this machine's cache has it."
+            "you start from, or to the recipe's folder) or the id of a dataset on the Hugging Face Hub. Without a "
+            "network, download it elsewhere and give the folder, or set HF_HUB_OFFLINE=1 if this machine's cache has "
+            "it."
         ) from error
+
+
+def check_lines(name: str, setting: str):
+    """Raise a `ValueError` for the first line of a .jsonl file that is not JSON, or if the file holds none."""
+    if not os.path.isfile(name) or not name.endswith(".jsonl"):
+        return
+    empty = True
+    with open(name, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            empty = False
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{setting}: line {number} of {name} is not valid JSON: {error}.") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{setting}: line {number} of {name} must hold one row, {{...}}, got {line[:80]!r}.")
+    if empty:
+        raise ValueError(f"{setting}: {name} is empty. Give a file with one row a line.")
 
 
 def load_problems(

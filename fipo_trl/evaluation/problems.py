@@ -15,12 +15,13 @@ def load_evaluation(
     reward: str,
     settings: tuple[str, str] = ("eval_problems", "eval_reward"),
     task_settings: dict[str, dict] | None = None,
+    folder: str | None = None,
 ) -> tuple[dict[str, Dataset], Callable]:
     """Load problems and a reward function, and see that the one can score the other.
 
     Args:
         sources: Of problems, as [`fipo_trl.data.sources.load_problems`] reads them.
-        reward: As [`fipo_trl.rewards.names.load_reward`] takes it.
+        reward, folder: As [`fipo_trl.rewards.names.load_reward`] takes them.
         settings: What error messages call the two.
         task_settings: Of [`load_problems`].
 
@@ -30,7 +31,7 @@ def load_evaluation(
     Raises:
         ValueError: if one cannot be loaded, or they do not fit each other.
     """
-    accuracy = load_reward(reward, settings[1])
+    accuracy = load_reward(reward, settings[1], folder)
     problems = {}
     for source in sources:
         name, dataset = load_problems(source, settings[0], task_settings)

@@ -162,7 +162,13 @@ def make_plan(arguments: list[str], world_size: int, **spread) -> Plan:
     run, training, model = recipe.run, recipe.training, recipe.model
     if model.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set: give a local folder or the id of a model on the Hub.")
-    load_rewards(run.reward_funcs, training.max_completion_length, run.overlong_buffer, run.reward_model_name_or_path)
+    load_rewards(
+        run.reward_funcs,
+        training.max_completion_length,
+        run.overlong_buffer,
+        run.reward_model_name_or_path,
+        recipe.folder,
+    )
     if is_task(run.dataset_name or ""):
         check_task(run.dataset_name, run.dataset_settings)
     config = public_config(model.model_name_or_path) or find_config(model, training.trust_remote_code)

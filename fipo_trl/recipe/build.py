@@ -33,7 +33,10 @@ def build(recipe: Recipe) -> "DAPOTrainer":
     """
     arguments = trainer_arguments(recipe)
     evaluation = load_evaluation(
-        recipe.run.eval_problems or [], recipe.run.eval_reward, task_settings=recipe.run.task_settings
+        recipe.run.eval_problems or [],
+        recipe.run.eval_reward,
+        task_settings=recipe.run.task_settings,
+        folder=recipe.folder,
     )
     from fipo_trl.evaluation.callback import EvaluationCallback
     from fipo_trl.trainer.dapo_trainer import DAPOTrainer
@@ -51,7 +54,11 @@ def trainer_arguments(recipe: Recipe) -> dict[str, Any]:
     if model.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set: give a local folder or the id of a model on the Hub.")
     reward_funcs = load_rewards(
-        run.reward_funcs, training.max_completion_length, run.overlong_buffer, run.reward_model_name_or_path
+        run.reward_funcs,
+        training.max_completion_length,
+        run.overlong_buffer,
+        run.reward_model_name_or_path,
+        recipe.folder,
     )
     decides, names = training.dynamic_sampling_reward, [name_of(function) for function in reward_funcs]
     if decides is not None and decides not in names:

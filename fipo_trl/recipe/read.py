@@ -18,6 +18,10 @@ from fipo_trl.trainer.dapo_config import DAPOConfig
 from fipo_trl.trainer.fipo_config import FIPOConfig
 
 
+# Settings that name a file or a folder, which may lie beside the recipe
+PATHS = ("model_name_or_path", "dataset_name", "eval_problems")
+# Variables by which a recipe would change what program runs, before anyone sees it
+REFUSED_ENV = ("LD_", "DYLD_", "PYTHON")
 CONFIGS: dict[str, type[DAPOConfig]] = {"fipo": FIPOConfig, "dapo": DAPOConfig}
 OF_FIPO = {f.name for f in fields(FIPOConfig)} - {f.name for f in fields(DAPOConfig)}  # what DAPO does not read
 
@@ -41,6 +45,11 @@ class Written:
     flags: tuple[str, ...]
     trainer: str
     ignored: tuple[str, ...]
+
+    @property
+    def folder(self) -> str | None:
+        """Of the recipe's file."""
+        return None if self.path is None else os.path.dirname(os.path.abspath(self.path))
 
     @property
     def given(self) -> set[str]:
@@ -147,11 +156,26 @@ def read_file(path: str, parser: Parser) -> tuple[dict[str, Any], dict[str, str]
         if keys.count(key) > 1:  # YAML would let the last one win
             raise ValueError(f"{path}: '{key}' is given {keys.count(key)} times. Keep one.")
     env = {name: str(value) for name, value in (recipe.pop("env", None) or {}).items()}
+    for name in env:
+        if name.startswith(REFUSED_ENV):
+            raise ValueError(f"{path}: env sets {name}, which changes what program runs. Set it yourself, outside.")
     refuse_unknown(recipe, parser.settings, path)
     try:
-        return {name: parser.check(name, value) for name, value in recipe.items()}, env
+        checked = {name: parser.check(name, value) for name, value in recipe.items()}
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    folder = os.path.dirname(path)
+    return {name: beside(folder, value) if name in PATHS else value for name, value in checked.items()}, env
+
+
+def beside(folder: str, value):
+    """The path of what lies in the recipe's folder and not in the working directory; else the value as it is."""
+    if isinstance(value, list):
+        return [beside(folder, each) for each in value]
+    name, equals, path = value.partition("=") if isinstance(value, str) and "=" in value else ("", "", value)
+    if isinstance(path, str) and folder and not os.path.exists(path) and os.path.exists(os.path.join(folder, path)):
+        path = os.path.join(folder, path)
+    return f"{name}{equals}{path}" if equals else path
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str):

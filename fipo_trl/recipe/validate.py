@@ -1,5 +1,6 @@
 """The second step: what was written -> settings of the right types, within their bounds, that fit each other."""
 
+import re
 from dataclasses import dataclass
 
 from trl import DatasetMixtureConfig, ModelConfig
@@ -20,6 +21,7 @@ class Recipe:
         training: A `FIPOConfig`, or a `DAPOConfig` where the trainer is DAPO.
         model: TRL's settings of the model, its quantization and its adapter.
         mixture: TRL's mixture of datasets.
+        folder: Of the file, where rewards are looked for after the working directory.
         env: Environment variables to set before training.
         ignored: Settings of FIPO in the file, which DAPO does not read.
     """
@@ -28,6 +30,7 @@ class Recipe:
     training: DAPOConfig
     model: ModelConfig
     mixture: DatasetMixtureConfig
+    folder: str | None
     env: dict[str, str]
     ignored: tuple[str, ...]
 
@@ -62,10 +65,15 @@ def validate(written: Written, world_size: int | None = None) -> Recipe:
         )
     except (TypeError, ZeroDivisionError) as error:
         raise ValueError(f"a setting has a value that it cannot take: {error}") from error
+    except ValueError as error:
+        named = re.match(r"argument --(\w+)", str(error))
+        if named and named[1] in recipe.keys() - written.given:
+            raise ValueError(f"{written.path}: {error}") from error
+        raise
     if rest:
         raise ValueError(f"'{rest[0]}' is not understood. Flags start with two dashes; a recipe follows --config.")
     refuse_what_does_nothing(written.names, run, model)
-    result = Recipe(run, training, model, mixture, written.env, written.ignored)
+    result = Recipe(run, training, model, mixture, written.folder, written.env, written.ignored)
     if run.eval_problems:
         check_evaluation(training.eval_steps, *result.eval_sampling)
     return result

@@ -20,6 +20,7 @@ def load_rewards(
     max_completion_length: int,
     overlong_buffer: int | None = None,
     reward_model: str | None = None,
+    folder: str | None = None,
 ) -> list[Callable | str]:
     """The reward functions of a run, in order.
 
@@ -28,6 +29,7 @@ def load_rewards(
         max_completion_length, overlong_buffer: Of [`fipo_trl.rewards.overlong_penalty`], in tokens. The buffer is a
             fifth of the length by default, as in DAPO (4,096 of 20,480).
         reward_model: Comes first, as TRL takes it.
+        folder: Where modules are looked for after the working directory.
 
     Raises:
         ValueError: if one cannot be loaded, there is none, or `overlong_buffer` is for nothing.
@@ -39,7 +41,7 @@ def load_rewards(
             buffer = max_completion_length // 5 if overlong_buffer is None else overlong_buffer
             functions.append(overlong_penalty(max_completion_length, buffer))
         else:
-            functions.append(load_reward(name))
+            functions.append(load_reward(name, folder=folder))
     if overlong_buffer is not None and not set(OVERLONG_PENALTIES) & set(names):
         raise ValueError("overlong_buffer does nothing without the reward overlong_penalty. Add it to reward_funcs.")
     if not functions:
@@ -47,15 +49,16 @@ def load_rewards(
     return functions
 
 
-def load_reward(name: str, setting: str = "reward_funcs") -> Callable:
+def load_reward(name: str, setting: str = "reward_funcs", folder: str | None = None) -> Callable:
     """The reward function of a name in `fipo_trl.rewards` or `trl.rewards`, or of an import path.
 
     Raises:
         ValueError: if there is no such function; `setting` is what the message calls the name.
     """
     module_path, _, attribute = name.rpartition(".")
-    if module_path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    if module_path:
+        places = [place for place in (os.getcwd(), folder) if place and place not in sys.path]
+        sys.path[:0] = places
     try:
         if module_path:
             module = importlib.import_module(module_path)
@@ -70,7 +73,7 @@ def load_reward(name: str, setting: str = "reward_funcs") -> Callable:
             f"{setting}: cannot load '{name}' ({error}). Give a name in fipo_trl.rewards (dapo_reward, dapo_accuracy, "
             "overlong_penalty, reasoning_gym_reward, reasoning_gym_accuracy) or trl.rewards (accuracy_reward, "
             "reasoning_accuracy_reward, think_format_reward), or an import path such as "
-            "my_package.my_module.my_reward, looked up from the directory you start from."
+            "my_package.my_module.my_reward, looked for in the directory you start from, then in the recipe's folder."
         ) from error
 
 

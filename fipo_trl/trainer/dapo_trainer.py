@@ -5,6 +5,7 @@ It reads as a list of the methods of TRL that are overridden. The work is done e
 the engine (`engine.py`), the scope of a loss (`loss_scope.py`), exact resuming (`resume.py`), metrics (`metrics.py`).
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from fipo_trl.trainer.engine import EngineMismatch, check_ends
 from fipo_trl.trainer.length_grouping import LengthGrouping, log_probs_by_length
 from fipo_trl.trainer.loss_scope import LossScope
 from fipo_trl.trainer.metrics import counters, generation_metrics
+from fipo_trl.trainer.prompts import check_prompts
 from fipo_trl.trainer.resume import restore_generation, save_generation
 from fipo_trl.trainer.rollouts import GroupRollouts
 
@@ -67,7 +69,9 @@ class DAPOTrainer(GRPOTrainer):
         self._rewards_per_function: Tensor | None = None  # (rows of all processes, F), of the completions just scored
         self._loss_scope = LossScope()
         self._group_rollouts: GroupRollouts | None = None
-        super().__init__(model, reward_funcs, args, *positional, **keywords)
+        bound = inspect.signature(super().__init__).bind_partial(model, reward_funcs, args, *positional, **keywords)
+        check_prompts(bound.arguments.get("train_dataset"), bound.arguments.get("processing_class"))
+        super().__init__(*bound.args, **bound.kwargs)
         check_ends(self)
         warn_of_dropout(self.model)
         truncated = args.top_p < 1.0 or args.top_k > 0 or bool(args.min_p)

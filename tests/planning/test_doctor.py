@@ -42,7 +42,7 @@ def make_run(config, args, trainer="fipo", max_prompt_length=None, **spread) -> 
         trainer=trainer, reward_funcs=["dapo_reward"], max_prompt_length=max_prompt_length, dataset_name="data"
     )
     model = spread.pop("model", ModelConfig(dtype="float32"))
-    return Plan(Recipe(run, args, model, None, {}, ()), config, **spread)
+    return Plan(Recipe(run, args, model, None, None, {}, ()), config, **spread)
 
 
 def sizes(parts):
