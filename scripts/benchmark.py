@@ -39,7 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOTrainer
 
-from fipo_trl import DAPOTrainer, FIPOConfig, FIPOTrainer
+from fipo_trl import DAPOConfig, DAPOTrainer, FIPOConfig, FIPOTrainer
 from fipo_trl.analysis.collapse import CollapseAlarm
 from fipo_trl.objective.future_kl import future_kl
 from fipo_trl.objective.influence import influence_weights
@@ -205,7 +205,8 @@ class Cycle:
         self.trainer = trainer_class(
             model=make_model(),
             reward_funcs=letter_share,
-            args=FIPOConfig(  # a GRPOConfig too: one objective and one optimizer for all
+            # A FIPOConfig is a GRPOConfig, too: one objective and one optimizer for all
+            args=(DAPOConfig if trainer_class is DAPOTrainer else FIPOConfig)(
                 output_dir=folder,
                 per_device_train_batch_size=micro_batch_size,
                 gradient_accumulation_steps=args.sequences // micro_batch_size,
