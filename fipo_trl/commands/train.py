@@ -10,7 +10,7 @@ import gc
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -86,14 +86,16 @@ def prepare(arguments: list[str]) -> tuple[Recipe, "DAPOTrainer", str | None]:
     return recipe, build(recipe), checkpoint
 
 
-def leave_process_group():
+def leave_process_group(engine: Any = None):
     """End the processes' connection, when nothing refers to the trainer any more.
 
     The model that DDP wraps goes first. If it held the last reference to the process group, torch would wait for
-    gloo's thread while it holds Python's lock, for which that thread may wait. A colocated vLLM engine that goes takes
-    the process group with it.
+    gloo's thread while it holds Python's lock, for which that thread may wait. Then a colocated vLLM `engine`, which
+    shares the process group and takes it along; at the exit of the process it would look for it in vain.
     """
     gc.collect()
+    if engine is not None:
+        engine.llm_engine.engine_core.shutdown()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -116,9 +118,11 @@ def main(arguments: list[str] | None = None):
         end(1)
     status = train(trainer, recipe, checkpoint)
     is_distributed = torch.distributed.is_initialized()
+    colocated = trainer.use_vllm and trainer.vllm_generation.mode == "colocate"
+    engine = trainer.vllm_generation.llm if colocated else None
     del trainer
     if is_distributed:
-        leave_process_group()
+        leave_process_group(engine)
     end(status)
 
 

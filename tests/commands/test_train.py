@@ -6,13 +6,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from held import REWARD, HeldRun
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
+from rewards_for_tests import COLLAPSE_FLAGS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import make_model
 from transformers import AutoTokenizer
@@ -72,8 +73,7 @@ def test_control_arm_is_dapo(tmp_path):
 
 
 def test_collapse_stops_the_run_where_that_is_asked(tmp_path):
-    unstable = ["--learning_rate", 4e-3, "--num_iterations", 2, "--influence_weight_max", 10, "--logging_steps", 1]
-    run = launch(RECIPE, tmp_path, *unstable, "--max_steps", 200, "--on_collapse", "stop", check=False)
+    run = launch(RECIPE, tmp_path, *COLLAPSE_FLAGS, check=False)
     assert "returned non-zero exit status 3." in run.stderr  # accelerate itself exits with 1
     assert "Stopped at update" in run.stdout
     assert "because on_collapse is 'stop': dual-clip fraction" in run.stdout
@@ -93,23 +93,18 @@ def test_lora_saves_an_adapter(tmp_path):
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_resumes_exactly(tmp_path):
-    arguments = ["--max_steps", "40", "--save_steps", "40", "--logging_steps", "1"]
+    arguments = [*REWARD, "--max_steps", "24", "--save_steps", "24", "--logging_steps", "1"]
     launch(RECIPE, tmp_path / "uninterrupted", *arguments)
 
     # The script itself: a terminal sends Ctrl-C to it and to its launcher alike
     interrupted = [sys.executable, "scripts/train_fipo.py", "--config", RECIPE]
     interrupted += ["--output_dir", str(tmp_path / "interrupted"), *arguments]
-    log = tmp_path / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(interrupted, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
-        deadline = time.monotonic() + 120
-        while "'loss'" not in log.read_text() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130, log.read_text()
-    assert "--resume_from_checkpoint latest" in log.read_text()
+    with HeldRun(interrupted, tmp_path / "held", generation=2) as run:
+        run.signal(signal.SIGINT)
+        assert run.let_go() == 130, run.log.read_text()
+    assert "--resume_from_checkpoint latest" in run.log.read_text()
     (checkpoint,) = (tmp_path / "interrupted").glob("checkpoint-*")
-    assert int(checkpoint.name.split("-")[1]) < 40
+    assert checkpoint.name == "checkpoint-9"  # the first update of the second generation
     assert not (tmp_path / "interrupted" / "model.safetensors").exists()
 
     again = launch(RECIPE, tmp_path / "interrupted", *arguments, check=False)
