@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fipo_trl.commands.status import COLLAPSED, INTERRUPTED, end, is_first_of_machine
+from fipo_trl.commands.train_help import show_help
 from fipo_trl.recipe.read import read
 from fipo_trl.recipe.validate import Recipe, validate
 
@@ -104,8 +105,6 @@ def main(arguments: list[str] | None = None):
     """Run one process of a training. Ends the process, with the exit status that [`train`] returns."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):
-        from fipo_trl.commands.launch import show_help
-
         show_help()
         return
     try:

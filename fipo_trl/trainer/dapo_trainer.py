@@ -26,6 +26,7 @@ from fipo_trl.trainer.metrics import counters, generation_metrics
 from fipo_trl.trainer.prompts import check_prompts
 from fipo_trl.trainer.resume import restore_generation, save_generation
 from fipo_trl.trainer.rollouts import GroupRollouts
+from fipo_trl.trainer.trl_contract import check_attributes, check_contract
 
 
 logger = get_logger(__name__)
@@ -59,6 +60,7 @@ class DAPOTrainer(GRPOTrainer):
             raise TypeError(
                 f"args must be a {self._config_class.__name__} or a GRPOConfig, got {type(args).__name__}."
             )
+        check_contract()
         given, adopted = args, {}
         if not isinstance(args, DAPOConfig):
             args, adopted = self._config_class.from_grpo_config(args)
@@ -72,6 +74,7 @@ class DAPOTrainer(GRPOTrainer):
         bound = inspect.signature(super().__init__).bind_partial(model, reward_funcs, args, *positional, **keywords)
         check_prompts(bound.arguments.get("train_dataset"), bound.arguments.get("processing_class"))
         super().__init__(*bound.args, **bound.kwargs)
+        check_attributes(self)
         check_ends(self)
         warn_of_dropout(self.model)
         truncated = args.top_p < 1.0 or args.top_k > 0 or bool(args.min_p)
