@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.trainer_utils import sort_checkpoints
 
 
 if TYPE_CHECKING:
@@ -67,13 +67,12 @@ def faults(folder: str | Path) -> dict[str, str]:
     for usual_name, patterns in NEEDED.items():
         if not any(path for pattern in patterns for path in folder.glob(pattern)):
             found.setdefault(usual_name, "is missing")
-    for path in (
-        path for patterns in (*NEEDED.values(), ALSO_READ) for name in patterns for path in folder.glob(name)
-    ):
-        if path.is_file() and not is_readable(path):
+    patterns = (*(pattern for names in NEEDED.values() for pattern in names), *ALSO_READ)
+    for path in (path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
+        if not is_readable(path):
             found.setdefault(str(path.relative_to(folder)), "is cut short or damaged")
         elif path.name.endswith(".index.json"):
-            shards = set(json.loads(path.read_text())["weight_map"].values())
+            shards = set(json.loads(path.read_text()).get("weight_map", {}).values())
             found |= {name: "is missing" for name in sorted(shards) if not (folder / name).is_file()}
     return found
 
@@ -182,17 +181,9 @@ def fingerprint(dataset: Any) -> dict[str, Any] | None:
 # What resuming changes
 
 # They say where and how often something is written, measured or loaded, not what is trained
-NOT_TRAINED = (
-    "output_dir",
-    "run_name",
-    "project",
-    "resume_from_checkpoint",
-    "disable_tqdm",
-    "report_to",
-    "local_rank",
-)
+NOT_TRAINED = ("output_dir", "run_name", "project", "resume_from_checkpoint", "disable_tqdm", "report_to", "debug")
 NOT_TRAINED += ("save_", "log", "eval_", "do_", "hub_", "push_to_hub", "trackio", "include_", "dataloader_", "ddp_")
-NOT_TRAINED += ("per_device_eval_batch_size", "num_completions_to_print", "vllm_server_", "token_credit", "debug")
+NOT_TRAINED += ("per_device_eval_batch_size", "num_completions_to_print", "vllm_server_", "token_credit", "local_rank")
 LENGTHS = ("max_steps", "num_train_epochs")  # may be raised; a falling learning rate depends on them
 CONSTANT = ("constant", "constant_with_warmup")
 OF_OPTIMIZER = ("adam_", "weight_decay", "optim_args")  # it restores its own
@@ -287,7 +278,9 @@ def announce_changes(trainer: "DAPOTrainer", checkpoint: str | Path) -> Changes:
     found = changes(trainer, checkpoint)
     if found.impossible:
         raise ValueError(f"The run cannot go on from {checkpoint}. {' '.join(found.impossible)}")
-    new = [f"learning_rate: {found.learning_rate} -> {trainer.args.learning_rate}"] if found.learning_rate else []
+    new = []
+    if found.learning_rate is not None:
+        new = [f"learning_rate: {found.learning_rate} -> {trainer.args.learning_rate}"]
     sentences = []
     if new := [*new, *found.settings, *([found.data] if found.data else [])]:
         sentences.append(f"From here on: {'; '.join(new)}.")

@@ -66,16 +66,16 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None, 
         ValueError: if there is no such checkpoint, it is not whole, it has made `max_steps` updates already, or
             `output_dir` holds checkpoints and nothing says what to do with them.
     """
-    latest = latest_checkpoint(output_dir)
     wanted = resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
-        if latest:
+        if latest := latest_checkpoint(output_dir):
             raise ValueError(
                 f"output_dir={output_dir} holds {latest.name} of an earlier run. Pass --resume_from_checkpoint latest "
                 "to go on with it, or another --output_dir."
             )
         return None
     if str(wanted).lower() in ("latest", "true"):
+        latest = latest_checkpoint(output_dir)
         if latest is None:
             whole = "whole " if checkpoints(output_dir) else ""
             plain_logger.warning(f"output_dir={output_dir} holds no {whole}checkpoint: the run starts anew.")
