@@ -6,11 +6,15 @@ the engine (`engine.py`), the scope of a loss (`loss_scope.py`), exact resuming 
 """
 
 import inspect
+import os
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.import_utils import is_vllm_available
 from trl.trainer.utils import get_config_model_id
@@ -22,9 +26,17 @@ from fipo_trl.trainer.dynamic_sampling import DynamicSampler
 from fipo_trl.trainer.engine import EngineMismatch, check_ends
 from fipo_trl.trainer.length_grouping import LengthGrouping, log_probs_by_length
 from fipo_trl.trainer.loss_scope import LossScope
+from fipo_trl.trainer.manifest import (
+    Changes,
+    announce_changes,
+    begin_checkpoint,
+    fingerprint,
+    set_learning_rate,
+    write_manifest,
+)
 from fipo_trl.trainer.metrics import counters, generation_metrics
 from fipo_trl.trainer.prompts import check_prompts
-from fipo_trl.trainer.resume import restore_generation, save_generation
+from fipo_trl.trainer.resume import resolve, restore_generation, save_generation
 from fipo_trl.trainer.rollouts import GroupRollouts
 from fipo_trl.trainer.trl_contract import check_attributes, check_contract
 
@@ -70,6 +82,7 @@ class DAPOTrainer(GRPOTrainer):
         self._train_sampler = None  # TRL's; None for iterable datasets
         self._rewards_per_function: Tensor | None = None  # (rows of all processes, F), of the completions just scored
         self._loss_scope = LossScope()
+        self._changes: Changes | None = None  # of a run that was resumed
         self._group_rollouts: GroupRollouts | None = None
         bound = inspect.signature(super().__init__).bind_partial(model, reward_funcs, args, *positional, **keywords)
         check_prompts(bound.arguments.get("train_dataset"), bound.arguments.get("processing_class"))
@@ -210,6 +223,30 @@ class DAPOTrainer(GRPOTrainer):
         self._train_sampler = super()._get_train_sampler(dataset)
         return self._train_sampler
 
+    @property
+    def inside_generation(self) -> bool:
+        """Whether completions of the generation at hand are still to be trained on."""
+        return self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+
+    @cached_property
+    def data_fingerprint(self) -> dict | None:
+        return fingerprint(self.train_dataset)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        checkpoint = resolve(self, resume_from_checkpoint)
+        self._changes = checkpoint and announce_changes(self, checkpoint)
+        return super().train(checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        begin_checkpoint(self, folder)
+        super()._save_checkpoint(model, trial)
+        write_manifest(self, folder)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # next, the main process deletes older checkpoints
+
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
         save_generation(self, output_dir)
@@ -217,7 +254,22 @@ class DAPOTrainer(GRPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            if self._changes and self._changes.learning_rate is not None:
+                set_learning_rate(self, self._changes.learning_rate)
             restore_generation(self, checkpoint)
+
+    # The model's card
+
+    def create_model_card(self, model_name: str | None = None, *args, **kwargs):
+        """TRL's, with the folder's name and the model's own path where the Hub knows no name for them."""
+        output_dir, hub_id = self.args.output_dir, self.hub_model_id
+        super().create_model_card(model_name or Path(hub_id or output_dir).name, *args, **kwargs)
+        card = Path(output_dir, "README.md")
+        if self.is_world_process_zero():
+            text = card.read_text()
+            base = get_config_model_id(self.model.config)
+            text = text.replace("[None](https://huggingface.co/None)", f"`{base}`" if base else "a model")
+            card.write_text(text.replace('model="None"', f'model="{os.path.normpath(output_dir)}"'))
 
 
 def tell_promotion(given: GRPOConfig, args: DAPOConfig, adopted: dict[str, Any]):
