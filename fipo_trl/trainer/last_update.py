@@ -47,10 +47,8 @@ class LastUpdate(TrainerCallback):
         self._saving = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._begun, self._saved = (
-            None,
-            state.global_step,
-        )  # of the checkpoint it resumes from; 0: there is nothing yet
+        self._begun = None
+        self._saved = state.global_step  # by the checkpoint that it resumes from; 0: there is nothing to save
         self.remember()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):

@@ -146,7 +146,7 @@ class RewardCalls:
         if isinstance(function, nn.Module):
             return function
         data = pickled(function) if self.timeout is not None else None
-        process = RewardProcess(data) if data is not None else None
+        process = RewardProcess(data, name) if data is not None else None
 
         def checked(*args, **kwargs):
             try:

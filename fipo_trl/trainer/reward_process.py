@@ -44,10 +44,11 @@ class RewardProcess:
 
     Args:
         function: As [`pickled`] gives it.
+        name: For errors.
     """
 
-    def __init__(self, function: bytes):
-        self.function = function
+    def __init__(self, function: bytes, name: str):
+        self.function, self.name = function, name
         self._process: subprocess.Popen | None = None
         self._connection: Connection | None = None
         self._ready = False
@@ -102,7 +103,9 @@ class RewardProcess:
             answered = in_time
         except (EOFError, ConnectionError):
             status = self._process.wait()
-            raise RuntimeError(f"Its process ended with status {status} in the call.") from None
+            raise RuntimeError(
+                f"Reward function {self.name}: its process ended with status {status} in the call."
+            ) from None
         finally:
             if not answered:  # what may still come through the pipe belongs to no later call
                 self._forget()
@@ -147,15 +150,17 @@ def serve(connection: Connection):
             logged.append((kind, name, value))
 
         try:
-            arguments = pickle.loads(connection.recv_bytes())
+            received = connection.recv_bytes()
+        except (EOFError, ConnectionError):
+            return
+        try:
+            arguments = pickle.loads(received)
             for kind in ("log_extra", "log_metric"):
                 arguments[kind] = lambda name, value, kind=kind, log=log: log(kind, name, value)
             value = function(**arguments)
             if inspect.isawaitable(value):
                 value = loop.run_until_complete(value)
             send(connection, None, value, logged)
-        except (EOFError, ConnectionError):
-            return
         except Exception as error:
             send(connection, error, None, [])
 

@@ -96,7 +96,7 @@ def test_wrapping_changes_no_name(tmp_path):
 
     functions = [mine, partial(longer_is_better, unused=1), get_soft_overlong_punishment(16, 4), mine_async]
     trainer = make_trainer(tmp_path, keywords={"reward_funcs": functions}, max_steps=1)
-    assert trainer.reward_func_names == ["mine", "longer_is_better", "soft_overlong_punishment", "mine_async"]
+    assert trainer.reward_func_names == ["mine", "longer_is_better", "soft_overlong_punishment_reward", "mine_async"]
     assert functions[0] is mine
     for function, wrapper in zip(functions, trainer.reward_funcs, strict=True):
         assert inspect.signature(wrapper) == inspect.signature(function)
@@ -119,7 +119,7 @@ def test_training_ends_with_the_name(tmp_path, trainer_class):
 
     chosen = {"trainer_class": trainer_class} if trainer_class else {}
     trainer = make_trainer(tmp_path, keywords={"reward_funcs": one_number}, **chosen)
-    with pytest.raises(ValueError, match="Reward function one_number returned 1.0"):
+    with pytest.raises(ValueError, match=r"Reward function one_number returned 1\.0"):
         trainer.train()
 
 
@@ -133,7 +133,7 @@ def test_warns_once_where_nothing_was_scored(tmp_path, caplog):
     trainer = make_trainer(tmp_path, keywords={"reward_funcs": nothing}, max_steps=24)
     trainer.train()
     (said,) = [record.message for record in caplog.records if "scored" in record.message]
-    assert said.startswith("No completion of this generation was scored: nothing returned None or NaN for all 32")
+    assert "No completion of this generation was scored: nothing returned None or NaN for all 32" in said
     assert "FIPO is not acting" not in caplog.text  # the learning rate is not why
 
 
@@ -144,7 +144,7 @@ def test_warns_once_where_one_function_scored_nothing(tmp_path, caplog):
     trainer = make_trainer(tmp_path, keywords={"reward_funcs": [longer_is_better, nothing]}, max_steps=16)
     trainer.train()
     (said,) = [record.message for record in caplog.records if "scored" in record.message]
-    assert said.startswith("Reward function nothing scored no completion of this generation")
+    assert "Reward function nothing scored no completion of this generation" in said
 
 
 def test_rows_without_a_score_are_no_news(tmp_path, caplog):
@@ -237,7 +237,7 @@ def test_what_goes_wrong_elsewhere_is_told_here():
     with pytest.raises(ConnectionError, match="refused") as error:
         run(wrapped(hanging_rewards.refuses, timeout=60))
     assert "in refuses" in "".join(error.value.__notes__)
-    with pytest.raises(RuntimeError, match="ended with status 7"):
+    with pytest.raises(RuntimeError, match="Reward function its_name: its process ended with status 7"):
         run(wrapped(hanging_rewards.dies, timeout=60))
 
 
