@@ -77,6 +77,8 @@ class LastUpdate(TrainerCallback):
         """
         trainer, moment = self.trainer, self.moment
         if moment["update"] != trainer.state.global_step:
+            if trainer._globalstep_last_logged == trainer.state.global_step:
+                trainer._metrics["train"].clear()  # TRL does so when all have taken note of what it logs
             return
         set_random_states(moment["random"], trainer.args.device)
         trainer._step, trainer._buffered_inputs = moment["step"], moment["buffered_inputs"]

@@ -25,7 +25,7 @@ SETTINGS = ["--max_steps", "16", "--save_steps", "500", "--logging_steps", "1"]
 
 
 def command(output_dir, reward, *arguments, processes=1):
-    launcher = [sys.executable, "-m", "fipo_trl.commands", "train"]
+    launcher = [sys.executable, "-c", "from fipo_trl.commands import main; main()", "train"]
     if processes > 1:
         launcher += ["--accelerate_config", "two_cpu_processes", "--main_process_port", "0"]
     reward = f"hanging_rewards.{reward}"
@@ -137,15 +137,10 @@ class FailAt(TrainerCallback):
             raise Down
 
 
-class FailingReward:
-    def __init__(self, call):
-        self.call, self.function = call, right_for_some
-
-    def __call__(self, **kwargs):
-        self.call -= 1
-        if self.call == 0:
-            raise Down
-        return self.function(**kwargs)
+def down_after_update_6(trainer_state, **kwargs):
+    if trainer_state.global_step > 6:
+        raise Down
+    return right_for_some(**kwargs)
 
 
 SAVED = {"save_strategy": "steps", "save_steps": 500, "max_steps": 20, "logging_steps": 4}
@@ -154,7 +149,7 @@ SAVED = {"save_strategy": "steps", "save_steps": 500, "max_steps": 20, "logging_
 @pytest.mark.parametrize(
     ("failure", "update"),
     [
-        (lambda: {"reward_funcs": FailingReward(3)}, None),
+        (lambda: {"reward_funcs": down_after_update_6}, None),
         (lambda: {"callbacks": [FailAt("on_substep_end", 11)]}, None),  # between two micro-steps of an update
         (lambda: {"callbacks": [FailAt("on_step_end", 11)]}, 11),  # the update is made
         (lambda: {"callbacks": [FailAt("on_log", 2)]}, 8),
@@ -168,7 +163,7 @@ SAVED = {"save_strategy": "steps", "save_steps": 500, "max_steps": 20, "logging_
         {"gradient_accumulation_steps": 2, "num_iterations": 2, "temperature": 0.7},
         {"gradient_accumulation_steps": 3, "steps_per_generation": 8},  # updates that span two generations
         {"gradient_accumulation_steps": 2, "dynamic_sampling": True, "dynamic_sampling_carry_over": True},
-        {"gradient_accumulation_steps": 2, "prompts": PROMPTS[:8], "trainer_class": DAPOTrainer},
+        {"gradient_accumulation_steps": 2, "prompts": PROMPTS[:16], "trainer_class": DAPOTrainer},
     ],
     ids=["plain", "iterations", "spans", "dynamic sampling", "an epoch is one generation"],
 )
