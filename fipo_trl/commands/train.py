@@ -30,15 +30,22 @@ def train(trainer: "DAPOTrainer", recipe: Recipe, checkpoint: str | None) -> int
     Returns:
         The exit status: 0 if training ran to its end, else `INTERRUPTED` or `COLLAPSED`. Then the checkpoint is its
         last word.
+
+    Raises:
+        Exception: what failed; the trainer has saved a checkpoint of its last update, see `trainer/last_update.py`.
     """
     from fipo_trl.analysis.collapse import CollapseAlarm
+    from fipo_trl.trainer.reward_calls import GenerationGivenUp
     from fipo_trl.trainer.stop_on_signal import StopOnSignal
 
     output_dir, dataset_name = trainer.args.output_dir, recipe.run.dataset_name
     stop_on_signal, alarm = StopOnSignal(), CollapseAlarm(recipe.run.on_collapse)
     trainer.add_callback(stop_on_signal)
     trainer.add_callback(alarm)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except GenerationGivenUp:  # by a second signal; the trainer has said where its checkpoint is
+        return INTERRUPTED
     trainer.accelerator.wait_for_everyone()  # torchrun kills who still writes a checkpoint when another process exits
     if stop_on_signal.stopped:
         trainer.accelerator.print(

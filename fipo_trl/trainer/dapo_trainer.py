@@ -2,7 +2,8 @@
 
 It reads as a list of the methods of TRL that are overridden. The work is done elsewhere: groups that are sampled ahead
 (`rollouts.py`, by the rules of `dynamic_sampling.py`), micro-batches without padding (`length_grouping.py`), checks of
-the engine (`engine.py`), the scope of a loss (`loss_scope.py`), exact resuming (`resume.py`), metrics (`metrics.py`).
+the engine (`engine.py`), the scope of a loss (`loss_scope.py`), checks of rewards (`reward_calls.py`), a checkpoint of
+what fails (`last_update.py`), exact resuming (`resume.py`), metrics (`metrics.py`).
 """
 
 import inspect
@@ -24,6 +25,7 @@ from fipo_trl.objective.influence import InfluenceStatistics, PolicyStatistics, 
 from fipo_trl.trainer.dapo_config import DAPOConfig
 from fipo_trl.trainer.dynamic_sampling import DynamicSampler
 from fipo_trl.trainer.engine import EngineMismatch, check_ends
+from fipo_trl.trainer.last_update import LastUpdate
 from fipo_trl.trainer.length_grouping import LengthGrouping, log_probs_by_length
 from fipo_trl.trainer.loss_scope import LossScope
 from fipo_trl.trainer.manifest import (
@@ -37,6 +39,7 @@ from fipo_trl.trainer.manifest import (
 from fipo_trl.trainer.metrics import counters, generation_metrics
 from fipo_trl.trainer.prompts import check_prompts
 from fipo_trl.trainer.resume import resolve, restore_generation, save_generation
+from fipo_trl.trainer.reward_calls import RewardCalls
 from fipo_trl.trainer.rollouts import GroupRollouts
 from fipo_trl.trainer.trl_contract import check_attributes, check_contract
 
@@ -88,6 +91,12 @@ class DAPOTrainer(GRPOTrainer):
         check_prompts(bound.arguments.get("train_dataset"), bound.arguments.get("processing_class"))
         super().__init__(*bound.args, **bound.kwargs)
         check_attributes(self)
+        self._reward_calls = RewardCalls(
+            self.reward_funcs, self.reward_func_names, args.reward_timeout, args.reward_timeout_action
+        )
+        self.reward_funcs = self._reward_calls.functions
+        self._last_update = LastUpdate(self)
+        self.add_callback(self._last_update)
         check_ends(self)
         warn_of_dropout(self.model)
         truncated = args.top_p < 1.0 or args.top_k > 0 or bool(args.min_p)
@@ -120,7 +129,11 @@ class DAPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, *args, **kwargs):
         replayed = self._group_rollouts and self._group_rollouts.replayed_rewards
-        self._rewards_per_function = super()._calculate_rewards(*args, **kwargs) if replayed is None else replayed
+        if replayed is None:
+            self._rewards_per_function = super()._calculate_rewards(*args, **kwargs)
+            self._reward_calls.finish(self._rewards_per_function, self.accelerator)
+        else:
+            self._rewards_per_function = replayed
         return self._rewards_per_function
 
     # Groups become micro-batches
@@ -205,7 +218,19 @@ class DAPOTrainer(GRPOTrainer):
         logs.update(counters(self.state.global_step, self.args))
         super().log(logs, *args, **kwargs)
 
-    # Data and resuming
+    # Data, failing and resuming
+
+    def train(self, *args, **kwargs):
+        with self._last_update.saved_on_failure():
+            return super().train(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._last_update.remember()
+
+    def _save_checkpoint(self, *args, **kwargs):
+        with self._last_update.saving():
+            super()._save_checkpoint(*args, **kwargs)
 
     def get_train_dataloader(self):
         args = self.args
