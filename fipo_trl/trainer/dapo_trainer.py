@@ -218,19 +218,7 @@ class DAPOTrainer(GRPOTrainer):
         logs.update(counters(self.state.global_step, self.args))
         super().log(logs, *args, **kwargs)
 
-    # Data, failing and resuming
-
-    def train(self, *args, **kwargs):
-        with self._last_update.saved_on_failure():
-            return super().train(*args, **kwargs)
-
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        self._last_update.remember()
-
-    def _save_checkpoint(self, *args, **kwargs):
-        with self._last_update.saving():
-            super()._save_checkpoint(*args, **kwargs)
+    # Data
 
     def get_train_dataloader(self):
         args = self.args
@@ -248,25 +236,34 @@ class DAPOTrainer(GRPOTrainer):
         self._train_sampler = super()._get_train_sampler(dataset)
         return self._train_sampler
 
+    @cached_property
+    def data_fingerprint(self) -> dict | None:
+        """Of the training data, for [`fipo_trl.trainer.manifest`]."""
+        return fingerprint(self.train_dataset)
+
+    # Failing and resuming
+
     @property
     def inside_generation(self) -> bool:
         """Whether completions of the generation at hand are still to be trained on."""
         return self._step % (self.args.steps_per_generation * self.num_iterations) != 0
 
-    @cached_property
-    def data_fingerprint(self) -> dict | None:
-        return fingerprint(self.train_dataset)
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         checkpoint = resolve(self, resume_from_checkpoint)
         self._changes = checkpoint and announce_changes(self, checkpoint)
-        return super().train(checkpoint, *args, **kwargs)
+        with self._last_update.saved_on_failure():
+            return super().train(checkpoint, *args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._last_update.remember()
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        begin_checkpoint(self, folder)
-        super()._save_checkpoint(model, trial)
-        write_manifest(self, folder)
+        with self._last_update.saving():
+            begin_checkpoint(self, folder)
+            super()._save_checkpoint(model, trial)
+            write_manifest(self, folder)
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)

@@ -57,13 +57,12 @@ class LastUpdate(TrainerCallback):
     def remember(self):
         """Called at the end of an update, when all that belongs to it is done."""
         trainer, args = self.trainer, self.trainer.args
-        in_use = trainer._step % (args.steps_per_generation * trainer.num_iterations) != 0
         sampler = trainer.dynamic_sampler
         self.moment = {
             "update": trainer.state.global_step,
             "random": random_states(args.device),
             "step": trainer._step,
-            "buffered_inputs": trainer._buffered_inputs if in_use else None,
+            "buffered_inputs": trainer._buffered_inputs if trainer.inside_generation else None,
             "metrics": {name: list(values) for name, values in trainer._metrics["train"].items()},
             "tokens_seen": trainer.state.num_input_tokens_seen,
             "entropy": (trainer.entropy_coef, trainer._last_world_entropy),
