@@ -12,8 +12,8 @@ import pytest
 import torch
 from held import REWARD, HeldRun
 from peft import AutoPeftModelForCausalLM
-from safetensors.torch import load_file
 from rewards_for_tests import COLLAPSE_FLAGS
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import make_model
 from transformers import AutoTokenizer
