@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import mean
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fipo_trl.analysis.collapse import HISTORY, PATIENCE, Collapse, collapse_at
 from fipo_trl.trainer.metrics import BEHAVIOURS
@@ -188,6 +189,7 @@ def draw(panels: dict[str, str], arms: dict[str, list[Run]], clock: str) -> byte
                     axis.axvline(tick, color=color, linewidth=1, linestyle=":")
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(CLOCKS[clock], fontsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
     lines = [axes[0].plot([], [], color=COLOURS[i % len(COLOURS)])[0] for i in range(len(arms))]
@@ -206,7 +208,7 @@ def write_report(arms: dict[str, list[Run]], output_dir: Path) -> list[str]:
         What is missing, a sentence each: metrics that an arm did not log, figures that were left out.
     """
     runs = [run for arm in arms.values() for run in arm]
-    clock = next(name for name in CLOCKS if all(run.has(name) for run in runs))
+    clock = next(name for name in CLOCKS if all(row.get(name) is not None for run in runs for row in run.rows))
     output_dir.mkdir(parents=True, exist_ok=True)
     sections, missing = [], []
     for name, figure in FIGURES.items():

@@ -9,12 +9,12 @@ from datasets import Dataset
 from PIL import Image
 
 from fipo_trl.analysis.comparison import (
-    ROWS,
     cell,
     compare,
     draw_differences,
     metrics_of,
     over_seeds,
+    row_of,
     table,
     updates_to,
 )
@@ -46,19 +46,25 @@ def test_interval_over_seeds():
     half = 2.7764451 * math.sqrt(2.5 / 5)
     assert value == 3.0
     assert (low, high) == pytest.approx((3 - half, 3 + half))
-    assert over_seeds([0.25, 0.25]) == (0.25, 0.25, 0.25)
+    assert over_seeds([0.25, 0.25, 0.25]) == (0.25, 0.25, 0.25)
     assert over_seeds([0.5]) == pytest.approx((0.5, math.nan, math.nan), nan_ok=True)
+    # Student's interval of two seeds is 12.7 times their distance: 89.4 [8.3, 170.5] of 100 was one
+    assert over_seeds([0.83, 0.958]) == pytest.approx((0.894, math.nan, math.nan), nan_ok=True)
 
 
 def test_differences_are_taken_seed_by_seed():
-    control = {1: {"avg@32": 0.5}, 2: {"avg@32": 0.9}, 4: {"avg@32": 0.0}}
-    arm = {2: {"avg@32": 0.95, "fipo/future_kl": 0.1}, 1: {"avg@32": 0.55, "fipo/future_kl": 0.3}}
+    control = {1: {"avg@32": 0.5}, 2: {"avg@32": 0.9}, 3: {"avg@32": 0.7}, 4: {"avg@32": 0.0}}
+    arm = {
+        2: {"avg@32": 0.95, "fipo/future_kl": 0.1},
+        1: {"avg@32": 0.55, "fipo/future_kl": 0.3},
+        3: {"avg@32": 0.75, "fipo/future_kl": 0.2},
+    }
     compared = compare({"DAPO": control, "FIPO": arm})
     # Whatever differs between the seeds drops out, and seed 4, which the arm lacks, does not count
     assert compared["FIPO"]["minus_control"]["avg@32"] == pytest.approx((0.05, 0.05, 0.05))
     assert compared["FIPO"]["mean"]["avg@32"].value == pytest.approx(0.75)
     assert compared["FIPO"]["mean"]["avg@32"].high > 1
-    assert compared["DAPO"]["mean"]["avg@32"].value == pytest.approx(1.4 / 3)
+    assert compared["DAPO"]["mean"]["avg@32"].value == pytest.approx(2.1 / 4)
     assert "fipo/future_kl" not in compared["FIPO"]["minus_control"]
 
 
@@ -94,7 +100,7 @@ def test_metrics_of_a_run(tmp_path):
     problems = Dataset.from_dict({"prompt": ["a3=", "a3="], "solution": ["3", "3"]})
     settings = {"n": 2, "has_answers": True}
     write_results(tmp_path, settings, problems, samples)
-    metrics = metrics_of(run, tmp_path, derivation="[a-z][0-4]:", self_check=r"\?[a-z]")
+    metrics = metrics_of(run, [tmp_path], derivation="[a-z][0-4]:", self_check=r"\?[a-z]")
     assert metrics["avg@2"] == 0.75
     assert metrics["cons@2"] == 0.75  # one tie, one agreement
     assert metrics["pass@2"] == 1.0
@@ -127,7 +133,38 @@ def test_tables_and_figure(tmp_path):
     ]
     draw_differences(compared, ["avg@32", "mean_length"], tmp_path / "differences.png")
     assert Image.open(tmp_path / "differences.png").width > 500
-    assert {"avg@32", "cons@32", "pass@32"} <= ROWS.keys()
+    assert all(row_of(metric) for metric in ("avg@32", "cons@32", "pass@32"))
+
+
+def test_tables_without_intervals_of_two_seeds(tmp_path):
+    control = {1: {"avg@8": 0.83}, 2: {"avg@8": 0.958}}
+    arm = {1: {"avg@8": 0.84}, 2: {"avg@8": 0.948}}
+    compared = compare({"DAPO": control, "FIPO": arm})
+    assert table(compared, "mean").splitlines()[2:] == ["| avg@8, % | 89.4 | 89.4 |"]
+    assert table(compared, "minus_control").splitlines()[2:] == ["| avg@8, % | +0.0 |"]
+    draw_differences(compared, ["avg@8"], tmp_path / "differences.png")
+    assert Image.open(tmp_path / "differences.png").width > 300
+
+
+def test_rows_of_several_sets_of_problems_come_first():
+    metrics = {"aime25: avg@16": 0.1, "aime25: mean_length": 5.0, "aime24: avg@16": 0.2, "reward": 0.3, "other": 1.0}
+    assert [line.split(" | ")[0] for line in table(compare({"A": {1: metrics}}), "mean").splitlines()[2:]] == [
+        "| aime24: avg@16, %",
+        "| aime25: avg@16, %",
+        "| aime25: mean length, tokens",
+        "| reward, mean over training, %",
+    ]
+
+
+def test_what_a_run_did_not_log_is_left_out(tmp_path):
+    run = make_run(tmp_path / "run", [0.5] * 4)
+    for row in run.rows:
+        del row["reward"], row["grad_norm"], row["step_time"]
+    assert metrics_of(run) == {"alarms": 0.0}
+    # And so is what not every run of an arm logged
+    compared = compare({"A": {1: {"reward": 0.5, "entropy": 1.0}, 2: {"reward": 0.7}}, "B": {2: {"entropy": 1.0}}})
+    assert compared["A"]["mean"].keys() == {"reward"}
+    assert compared["B"]["minus_control"] == {}
 
 
 def test_tables_of_the_study_are_those_of_its_results():
@@ -145,4 +182,4 @@ def test_tables_of_the_study_are_those_of_its_results():
         (row,) = (line for line in readme.splitlines() if line.startswith(f"| {arm}") and "[" in line.split("|")[2])
         for metric in ("avg@32", "mean_length"):
             for kind in ("mean", "minus_control")[: 1 + (arm != "DAPO")]:
-                assert cell(compared[arm][kind][metric], *ROWS[metric][1:], signed=kind != "mean") in row
+                assert cell(compared[arm][kind][metric], row_of(metric), signed=kind != "mean") in row

@@ -200,6 +200,36 @@ def test_bands_and_lines_are_where_the_values_are(tmp_path, monkeypatch):
     np.testing.assert_allclose(band[2], [column.max() for column in expected])
 
 
+def test_a_run_that_began_as_another_trainers(tmp_path):
+    """Rows of plain GRPO, then rows of FIPO, which count generations: the updates are the clock that all rows have."""
+    rows = rows_of([1.0, 2.0]) + [
+        {"loss": 0.0, "step": step, "reward": 3.0, "rollout_iteration": 1} for step in (3, 4)
+    ]
+    write_run(tmp_path / "run", rows)
+    write_run(tmp_path / "fipo", rows_of([1.0], clock=lambda step: step))
+    missing = write_report(find_arms([str(tmp_path / "run"), str(tmp_path / "fipo")]), tmp_path / "out")
+    assert (tmp_path / "out" / "reward.png").exists()
+    assert "run did not log dynamic_sampling/rounds" in missing[1]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 40])
+def test_ticks_are_whole_numbers(tmp_path, monkeypatch, rows):
+    """There is no update 1.5."""
+    figures = []
+    from matplotlib.figure import Figure
+
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+    write_run(tmp_path / "run", rows_of([float(value) for value in range(rows)]))
+    write_report(find_arms([str(tmp_path / "run")]), tmp_path / "out")
+    assert figures
+    for axis in figures[0].axes:
+        low, high = axis.get_xlim()
+        shown = [tick for tick in axis.get_xticks() if low <= tick <= high]
+        assert shown
+        assert all(tick == int(tick) for tick in shown)
+
+
 def test_collapse_is_drawn_where_the_alarm_fires(tmp_path):
     good = write_run(tmp_path / "good", collapsing(60, at=None))
     bad = write_run(tmp_path / "bad", collapsing(60, at=40))

@@ -12,6 +12,7 @@ import pytest
 import replicate
 from PIL import Image
 
+from fipo_trl.analysis.study import Commands, Task, run_one
 from fipo_trl.recipe.validate import read_and_validate
 
 
@@ -21,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 # A study of {steps} updates that nothing but its size tells from the real one
 SHORT = """
 import replicate
-tiny = ["--config", "recipes/tiny/fipo.yaml", "--max_steps", "{steps}", "--save_steps", "1000"]
+tiny = ["--config", "recipes/tiny/fipo.yaml", "--max_steps", "{steps}", "--save_steps", "1000",
+        "--reward_funcs", "rewards_for_tests.exact_answer_behind_a_gate"]
 replicate.STUDIES = {{"short": replicate.Study(
     arms={{"DAPO": [*tiny, "--trainer", "dapo"], "FIPO [1.0, 1.2]": tiny}},
     evaluation=["--dataset", "{problems}", "--reward", "recipes.tiny.running_sums.exact_answer", "--n", "32",
@@ -33,12 +35,14 @@ replicate.main()
 """
 
 
-def start(tmp_path, steps=80):
+def start(tmp_path, steps=32):
     problems = tmp_path / "problems.jsonl"
     problems.write_text(json.dumps({"prompt": "a3b0c4d1=", "solution": "3"}) + "\n")
     code = SHORT.format(steps=steps, problems=problems)
     command = [sys.executable, "-c", code, "--study", "short", "--jobs", "2", "--output_dir", str(tmp_path / "out")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "scripts")}
+    gate = {"GATE_FOR_TESTS": str(tmp_path / "gate")}
+    path = {"PYTHONPATH": os.pathsep.join([str(ROOT / "scripts"), os.environ["PYTHONPATH"]])}
+    environment = os.environ | gate | path
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
     )
@@ -48,14 +52,21 @@ def test_stopped_study_goes_on(tmp_path):
     root = tmp_path / "out" / "short"
     logs = [root / arm / "seed-1" / "log.txt" for arm in ("DAPO", "FIPO-1.0-1.2")]
     process = start(tmp_path)
-    while not all(log.exists() and "'rollout_iteration': 2" in log.read_text() for log in logs):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
+
+    def wait_for(text):
+        while not all(log.exists() and text in log.read_text() for log in logs):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+
+    # However fast or slow the machine is: both stand in their third generation until the gate opens
+    wait_for("waits for the gate")
     second = start(tmp_path)
     assert "Another process works on" in second.communicate()[1]
     assert second.returncode == 1
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    wait_for("Stopping after this update")
+    (tmp_path / "gate").touch()
+    _, errors = process.communicate()
     assert process.returncode == 130, errors
     assert "The same command goes on from here." in errors
     assert not (root / "results.json").exists()
@@ -68,20 +79,21 @@ def test_stopped_study_goes_on(tmp_path):
     for arm, log in zip(("DAPO", "FIPO [1.0, 1.2]"), logs, strict=True):
         assert log.read_text().count("'rollout_iteration': 1,") == 1  # it went on, and did not begin again
         history = json.loads((log.parent / "run" / "trainer_state.json").read_text())["log_history"]
-        assert [row["step"] for row in history if "reward" in row] == list(range(8, 81, 8))
+        assert [row["step"] for row in history if "reward" in row] == list(range(8, 33, 8))
         evaluated = json.loads((log.parent / "evaluation" / "problems" / "summary.json").read_text())["metrics"]
         assert results["arms"][arm]["runs"]["1"]["avg@32"] == evaluated["avg@32"]["value"]
     assert results["arms"]["FIPO [1.0, 1.2]"]["runs"]["1"]["fipo/active_fraction"] > 0
     assert "fipo/active_fraction" not in results["arms"]["DAPO"]["runs"]["1"]
     assert results["arms"]["DAPO"]["train"][-2:] == ["--trainer", "dapo"]
     assert "| avg@32, % |" in output
+    assert "Seeds: 1. Cells are means over the seeds, without intervals" in output
     assert (root / "tables.md").read_text() in output
     for name in ("curves.png", "differences.png"):
         assert Image.open(root / name).width > 500
     assert (root / "report" / "report.html").exists()
 
     # The runs of other settings would pass for those that were asked for
-    _, errors = (process := start(tmp_path, steps=88)).communicate()
+    _, errors = (process := start(tmp_path, steps=40)).communicate()
     assert process.returncode == 1
     assert "seed-1 holds a run of other arguments" in errors
 
@@ -116,5 +128,6 @@ def test_refused(monkeypatch, tmp_path, arguments, message):
 
 def test_failed_run_ends_the_study_with_its_output(tmp_path):
     arguments = {"train": ["--config", "recipes/tiny/none.yaml"], "evaluate": []}
-    with pytest.raises(RuntimeError, match=r"train_fipo.py ended with exit status 1(.|\n)*none.yaml"):
-        replicate.run_one(replicate.Commands(), tmp_path, arguments)
+    task = Task(tmp_path, tmp_path / "run", arguments, on_gpu=False)
+    with pytest.raises(RuntimeError, match=r"train ended with exit status 1(.|\n)*none.yaml"):
+        run_one(Commands(), task, problems=0)
