@@ -39,12 +39,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOTrainer
 
-from fipo_trl import DAPOTrainer, FIPOConfig, FIPOTrainer
+from fipo_trl import DAPOConfig, DAPOTrainer, FIPOConfig, FIPOTrainer
 from fipo_trl.analysis.collapse import CollapseAlarm
 from fipo_trl.objective.future_kl import future_kl
 from fipo_trl.objective.influence import influence_weights
 from fipo_trl.trainer.dynamic_sampling import DynamicSampler, PromptStream
-from fipo_trl.trainer.length_grouping import trim
 
 
 TINY_BASE = Path(__file__).parents[1] / "recipes/tiny/base"
@@ -153,8 +152,8 @@ def run_future_kl(args):
 class TrimmingOnly(FIPOTrainer):
     """Each micro-batch, and each chunk of the old-log-prob pass, is cut to its own longest row; none is sorted."""
 
-    def _group_by_length(self, micro_batches):
-        return [trim(batch) for batch in micro_batches]
+    def _what_ties_rows(self):
+        return ["a benchmark"]
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, *args, batch_size=None, **kwargs):
         log_probs = super()._get_per_token_logps_and_entropies
@@ -206,7 +205,8 @@ class Cycle:
         self.trainer = trainer_class(
             model=make_model(),
             reward_funcs=letter_share,
-            args=FIPOConfig(  # a GRPOConfig too: one objective and one optimizer for all
+            # A FIPOConfig is a GRPOConfig, too: one objective and one optimizer for all
+            args=(DAPOConfig if trainer_class is DAPOTrainer else FIPOConfig)(
                 output_dir=folder,
                 per_device_train_batch_size=micro_batch_size,
                 gradient_accumulation_steps=args.sequences // micro_batch_size,

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from fipo_trl.planning.doctor import examine
-from fipo_trl.planning.memory import GIB, memory_problems
+from fipo_trl.planning.memory import GIB
 from fipo_trl.planning.plan import make_plan, read_accelerate_config
 from fipo_trl.recipe.model_limits import impossible
 from fipo_trl.recipe.shipped import find_accelerate_config
@@ -16,7 +16,8 @@ What a recipe will do and need: batches, the paper's table, memory, cost. Takes 
     fipo-trl doctor --config recipes/Qwen2.5-32B/fipo.yaml --accelerate_config 16_nodes_fsdp2 --mean_length 10000
     fipo-trl doctor --config RECIPE.yaml --world_size 8 --gpu_memory_gib 40 --max_completion_length 4096
 
-Flags of `fipo-trl train` may follow, and win over the recipe. The exit status is 1 if the run cannot work.
+The verdict comes first. Memory is an estimate, which informs and does not decide: the exit status is 1 if the run
+cannot work by its settings. Flags of `fipo-trl train` may follow, and win over the recipe.
 """
 
 
@@ -50,7 +51,4 @@ def main(arguments: list[str]):
         print(examine(plan, gpu, size, options.mean_length, options.tokens_per_second))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    reasons = impossible(plan.recipe, plan.config, plan.world_size) + memory_problems(plan, gpu)
-    for reason in reasons:
-        print(f"\nCannot work: {reason}")
-    sys.exit(1 if reasons else 0)
+    sys.exit(1 if impossible(plan.recipe, plan.config, plan.world_size) else 0)

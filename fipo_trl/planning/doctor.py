@@ -2,12 +2,17 @@
 
 from typing import Literal, NamedTuple
 
-from fipo_trl.planning.memory import ERROR_BAR, GIB, Part, engine_cache, rollout_memory, update_memory
+from fipo_trl.planning.memory import ERROR_BAR, GIB, Part, engine_cache, memory_problems, rollout_memory, update_memory
 from fipo_trl.planning.paper import differences, paper_settings
 from fipo_trl.planning.plan import Plan
+from fipo_trl.recipe.model_limits import impossible
 
 
 DISTINCT_PROMPTS = 17_000  # in DAPO-Math-17k, about
+# What hours are estimated from where no speed was measured. An assumption: none of it was measured here
+PEAK = 989e12  # operations per second of an H100 SXM in bf16, without sparsity: NVIDIA's data sheet
+SHARE_IN_PASSES = 0.3  # of that peak, in updates and old log-probs
+SHARE_IN_SAMPLING = 0.05  # of that peak: sampling a token reads all weights, and waits for memory
 
 
 class Cost(NamedTuple):
@@ -64,6 +69,8 @@ def examine(
     if mean_length > longest:
         raise ValueError(f"mean_length={mean_length:g} is more than max_completion_length={longest}. Lower it.")
     count = plan.parameters
+    reasons, doubts = impossible(plan.recipe, plan.config, plan.world_size), memory_problems(plan, gpu)
+    verdict = "it cannot work:" if reasons else "it can work" + (", but hardly fits:" if doubts else ".")
     spread = {"none": "not sharded", "fsdp2": "FSDP2", "zero3": "ZeRO-3"}[plan.sharding]
     offload = ", offloaded to CPU memory" if plan.offload else ""
     title = (
@@ -71,6 +78,7 @@ def examine(
         f"\n{plan.world_size} x {gpu / GIB:g} GiB, {spread}{offload}"
     )
     sections = [
+        "\n".join(["Verdict: " + verdict, *(f"  {reason}" for reason in reasons + doubts)]),
         title,
         "\n".join(["Batches", *batches(plan)]),
         acts(plan),
@@ -175,6 +183,14 @@ def costs(plan: Plan, mean_length: float, tokens_per_second: float | None) -> li
     ]
     if tokens_per_second:
         seconds = one.sampled_tokens / tokens_per_second
-        hours = "" if plan.generations is None else f", {seconds * plan.generations / 3600:,.1f} hours for the run"
-        lines.append(f"  {seconds / 60:,.1f} minutes at {tokens_per_second:,g} tokens/s{hours}")
+        speed = f"at {tokens_per_second:,g} tokens/s"
+    else:
+        passes = (one.old_log_probs + one.updates) / SHARE_IN_PASSES
+        seconds = (passes + one.sampling / SHARE_IN_SAMPLING) / (PEAK * plan.world_size)
+        speed = (
+            f"if {plan.world_size} x H100 (989 TFLOP/s in bf16) reach {SHARE_IN_PASSES:.0%} of their peak in updates "
+            f"and {SHARE_IN_SAMPLING:.0%} in sampling: an assumption. Give --tokens_per_second for your own"
+        )
+    hours = "" if plan.generations is None else f", {seconds * plan.generations / 3600:,.1f} hours for the run"
+    lines.append(f"  {seconds / 60:,.1f} minutes{hours}, {speed}")
     return lines

@@ -76,7 +76,7 @@ class DAPOTrainer(GRPOTrainer):
         warn_of_dropout(self.model)
         truncated = args.top_p < 1.0 or args.top_k > 0 or bool(args.min_p)
         self._engine_mismatch = EngineMismatch(self.accelerator, truncated)
-        self._group_by_length = LengthGrouping(args.gradient_accumulation_steps, self._what_ties_rows())
+        self._length_grouping = LengthGrouping(args.gradient_accumulation_steps, self._what_ties_rows())
         if args.dynamic_sampling:
             self._group_rollouts = GroupRollouts(self)
         if adopted:
@@ -113,7 +113,7 @@ class DAPOTrainer(GRPOTrainer):
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self.args.group_by_length and self._buffered_inputs is not before:  # a new generation
-            self._buffered_inputs = self._group_by_length(self._buffered_inputs)
+            self._buffered_inputs = self._length_grouping(self._buffered_inputs)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
 

@@ -1,5 +1,6 @@
 """The doctor's numbers against what torch, transformers and a real trainer hold, and what it refuses."""
 
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -219,7 +220,7 @@ def test_operations_are_those_that_torch_counts(tmp_path):
 def test_hours():
     run = make_plan(["--config", FIPO_32B], **ON_16_NODES)
     # 600 generations of 512 prompts x 16, four times as many sampled, 10,000 tokens each, at 100,000 tokens/s
-    assert "546.1 hours for the run" in doctor.examine(run, 80 * GIB, "32B", 10_000, 100_000)
+    assert "546.1 hours for the run, at 100,000 tokens/s" in doctor.examine(run, 80 * GIB, "32B", 10_000, 100_000)
     with pytest.raises(ValueError, match="mean_length=20481 is more than max_completion_length=20480"):
         doctor.examine(run, 80 * GIB, "32B", 20_481)
 
@@ -280,9 +281,7 @@ def test_possible_settings():
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--gpu_memory_gib", "24"], "Cannot work: An update needs about 38 GiB of a GPU with 24"),
-        (["--vllm_tensor_parallel_size", "1"], "Cannot work: vLLM's cache would hold"),
-        (["--world_size", "8", "--per_device_train_batch_size", "4"], "Cannot work: An update needs"),
+        (["--vllm_tensor_parallel_size", "3"], "Verdict: it cannot work:\n  vllm_tensor_parallel_size=3"),
         (["--world_size", "0"], "--world_size 0 must be greater than 0"),
         (["--num_generations", "24"], "divisible by num_generations (24)"),
         (["--lerning_rate", "1"], "learning_rate"),
@@ -300,12 +299,42 @@ def test_exit_status_of_what_cannot_work(flags, reason, monkeypatch, capsys):
     assert reason in capsys.readouterr().out + str(exit.value.code)
 
 
+@pytest.mark.parametrize(
+    ("flags", "doubt"),
+    [
+        (["--gpu_memory_gib", "24"], "  An update needs about 38 GiB of a GPU with 24"),
+        (["--vllm_tensor_parallel_size", "1"], "  vLLM's cache would hold"),
+        (["--world_size", "8", "--per_device_train_batch_size", "4"], "  An update needs"),
+    ],
+)
+def test_memory_informs_and_does_not_decide(flags, doubt, capsys):
+    """It is an estimate that no GPU has confirmed."""
+    with pytest.raises(SystemExit) as exit:
+        main(["--config", FIPO_32B, "--accelerate_config", "16_nodes_fsdp2", *flags])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out.startswith(f"Verdict: it can work, but hardly fits:\n{doubt}")
+
+
+def test_hours_without_a_measured_speed_are_an_assumption():
+    plan = make_plan(["--config", FIPO_32B], **ON_16_NODES)
+    cost = doctor.cost(plan, 10_000)
+    text = doctor.examine(plan, 80 * GIB, "32B", 10_000)
+    minutes, hours = re.search(r"([\d.,]+) minutes, ([\d.,]+) hours for the run, if 128 x H100", text).groups()
+    seconds = (cost.old_log_probs + cost.updates) / 0.3 + cost.sampling / 0.05
+    seconds /= 128 * 989e12
+    assert float(minutes.replace(",", "")) == pytest.approx(seconds / 60, rel=0.01)
+    assert float(hours.replace(",", "")) == pytest.approx(600 * seconds / 3600, rel=0.01)
+    assert "an assumption" in text
+
+
 def test_exit_status_of_what_can_work(monkeypatch, capsys):
     spread = ["--accelerate_config", "recipes/accelerate/16_nodes_fsdp2.yaml"]
     with pytest.raises(SystemExit) as exit:
         main(["--config", FIPO_32B, *spread])
     assert exit.value.code == 0
-    assert "128 processes x 1 x 64 micro-steps" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert output.startswith("Verdict: it can work.\n")
+    assert "128 processes x 1 x 64 micro-steps" in output
 
 
 def test_training_starts_with_the_checks(tmp_path):
