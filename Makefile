@@ -1,8 +1,9 @@
 # make quickstart        train a tiny language model with FIPO on this machine, in under 5 minutes
 # make quickstart-vllm   the same, with vLLM for the rollouts
 # make smollm            train SmolLM2-135M-Instruct with DAPO and with FIPO on the CPU, about an hour
-# make test              run the tests
-# make lint              ruff check and format
+# make test              run all tests
+# make test-fast         run those that take no long time, no vLLM and no network, in under 3 minutes
+# make lint              ruff check and format, and the types of the package
 # make tiny-base         rebuild the tiny base model and its data (they are in the repository)
 # make install           build .venv; the others do this by themselves
 # make lock              resolve the dependencies anew
@@ -27,7 +28,7 @@ APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::http::Timeout=20 -
 # One thread per process: a model this small is no faster with more, and much slower where processes share the cores
 ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: install quickstart quickstart-vllm smollm test lint tiny-base lock
+.PHONY: install quickstart quickstart-vllm smollm test test-fast lint tiny-base lock
 
 install: $(INSTALLED)
 
@@ -61,9 +62,13 @@ test: $(INSTALLED)
 		|| echo "No Chromium, and no way to install it: tests of the token credit page will be skipped"
 	@$(ENV) $(BIN)/python -m pytest -n 2
 
+test-fast: $(INSTALLED)
+	@$(ENV) $(BIN)/python -m pytest -n 2 -m "not slow and not vllm and not network"
+
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 
 tiny-base: $(INSTALLED)
 	@$(ENV) $(BIN)/python scripts/make_tiny_base.py

@@ -73,9 +73,11 @@ def metrics_of(run: Run, evaluation: Path, derivation: str, self_check: str) -> 
 def updates_to(run: Run) -> float:
     """Updates after which the mean reward of `SMOOTHED` rows first is `FINAL_SHARE` of that of the last tenth."""
     rows = [row for row in run.rows if "reward" in row]
-    goal = FINAL_SHARE * run.end("reward")
+    final = run.end("reward")
+    if final is None:
+        return math.nan
     for end in range(SMOOTHED, len(rows) + 1):
-        if fmean(row["reward"] for row in rows[end - SMOOTHED : end]) >= goal:
+        if fmean(row["reward"] for row in rows[end - SMOOTHED : end]) >= FINAL_SHARE * final:
             return float(rows[end - 1]["step"])
     return math.nan
 

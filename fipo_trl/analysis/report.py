@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from fipo_trl.analysis.collapse import HISTORY, PATIENCE, Collapse, collapse_at
 from fipo_trl.trainer.metrics import BEHAVIOURS
-from fipo_trl.trainer.resume import TRAINER_STATE_NAME, latest_checkpoint
+from fipo_trl.trainer.resume import TRAINER_STATE_NAME, latest_state
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        files = [place / TRAINER_STATE_NAME for place in (folder, latest_checkpoint(folder)) if place]
+        files = [file for file in (folder / TRAINER_STATE_NAME, latest_state(folder)) if file]
         try:
             states = [json.loads(file.read_text()) for file in files if file.is_file()]
         except ValueError as error:
@@ -163,7 +163,7 @@ def find_arms(arguments: list[str]) -> dict[str, list[Run]]:
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / TRAINER_STATE_NAME).is_file() or latest_checkpoint(folder) is not None
+    return (folder / TRAINER_STATE_NAME).is_file() or latest_state(folder) is not None
 
 
 def draw(panels: dict[str, str], arms: dict[str, list[Run]], clock: str) -> bytes:

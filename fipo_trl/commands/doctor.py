@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from typing import Literal
 
 from fipo_trl.planning.doctor import examine
 from fipo_trl.planning.memory import GIB
@@ -47,8 +48,8 @@ def main(arguments: list[str]):
         spread = read_accelerate_config(str(find_accelerate_config(config))) if config else {}
         plan = make_plan(settings, **spread | {"world_size": options.world_size or spread.get("world_size", 1)})
         gpu = options.gpu_memory_gib * GIB
-        size = options.paper or ("7B" if "math-7b" in plan.model.model_name_or_path.lower() else "32B")
-        print(examine(plan, gpu, size, options.mean_length, options.tokens_per_second))
+        by_name: Literal["32B", "7B"] = "7B" if "math-7b" in plan.model.model_name_or_path.lower() else "32B"
+        print(examine(plan, gpu, options.paper or by_name, options.mean_length, options.tokens_per_second))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     sys.exit(1 if impossible(plan.recipe, plan.config, plan.world_size) else 0)

@@ -12,7 +12,7 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import datasets
 import transformers
@@ -43,7 +43,7 @@ on from them, and ends with the same results. They are in OUTPUT_DIR/DATASET: su
 samples.jsonl, of which both are made.
 """
 # Percent, from the paper's tables. A model is known by its (hidden_size, num_hidden_layers).
-PAPER = {
+PAPER: dict[tuple, dict] = {
     (5120, 64): {
         "model": "Qwen2.5-32B",
         "aime24": {
@@ -65,19 +65,23 @@ VLLM_BATCH = 256  # completions from one write to the next; by default vLLM runs
 WHERE_ONLY = ("compare", "dataset", "output_dir")  # options that do not change what is sampled
 
 
-def refuse(message: str):
+def refuse(message: str) -> NoReturn:
     raise ValueError(message)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message) -> NoReturn:
+        refuse(message)
 
 
 def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked as far as it can be without reading anything."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fipo-trl evaluate",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.error = refuse
     parser.add_argument("--model", help="folder of a model, checkpoint or LoRA adapter, or a Hub id")
     parser.add_argument(
         "--dataset",
@@ -281,7 +285,7 @@ def compare(a: Path, b: Path) -> str:
         f"Different: {', '.join(different) or 'nothing'}\n",
         f"{'':14}{'A':>9}{'B':>9}{'B - A':>9}  95% interval, paired",
     ]
-    differences = paired_bootstrap(*metrics)
+    differences = paired_bootstrap(metrics[0], metrics[1])
     for metric, form in rows_of_table(of_a["n"]).items():
         if metric in differences:
             ours, theirs = (form.format(each[metric].mean()) for each in metrics)

@@ -10,11 +10,12 @@ import gc
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fipo_trl.commands.status import COLLAPSED, INTERRUPTED, end, is_first_of_machine
+from fipo_trl.commands.train_help import show_help
 from fipo_trl.recipe.read import read
 from fipo_trl.recipe.validate import Recipe, validate
 
@@ -29,15 +30,22 @@ def train(trainer: "DAPOTrainer", recipe: Recipe, checkpoint: str | None) -> int
     Returns:
         The exit status: 0 if training ran to its end, else `INTERRUPTED` or `COLLAPSED`. Then the checkpoint is its
         last word.
+
+    Raises:
+        Exception: what failed; the trainer has saved a checkpoint of its last update, see `trainer/last_update.py`.
     """
     from fipo_trl.analysis.collapse import CollapseAlarm
+    from fipo_trl.trainer.reward_calls import GenerationGivenUp
     from fipo_trl.trainer.stop_on_signal import StopOnSignal
 
     output_dir, dataset_name = trainer.args.output_dir, recipe.run.dataset_name
     stop_on_signal, alarm = StopOnSignal(), CollapseAlarm(recipe.run.on_collapse)
     trainer.add_callback(stop_on_signal)
     trainer.add_callback(alarm)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except GenerationGivenUp:  # by a second signal; the trainer has said where its checkpoint is
+        return INTERRUPTED
     trainer.accelerator.wait_for_everyone()  # torchrun kills who still writes a checkpoint when another process exits
     if stop_on_signal.stopped:
         trainer.accelerator.print(
@@ -79,21 +87,28 @@ def prepare(arguments: list[str]) -> tuple[Recipe, "DAPOTrainer", str | None]:
     for name, value in recipe.env.items():
         logger.info(f"{written.path} sets the environment variable {name}={value}.")
     from fipo_trl.recipe.build import build
+    from fipo_trl.trainer.folder_lock import hold_output_dir
+    from fipo_trl.trainer.manifest import refuse_changes
     from fipo_trl.trainer.resume import find_checkpoint
 
     training = recipe.training
+    hold_output_dir(training)
     checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint, training.max_steps)
-    return recipe, build(recipe), checkpoint
+    trainer = build(recipe)
+    refuse_changes(trainer, checkpoint)
+    return recipe, trainer, checkpoint
 
 
-def leave_process_group():
+def leave_process_group(engine: Any = None):
     """End the processes' connection, when nothing refers to the trainer any more.
 
     The model that DDP wraps goes first. If it held the last reference to the process group, torch would wait for
-    gloo's thread while it holds Python's lock, for which that thread may wait. A colocated vLLM engine that goes takes
-    the process group with it.
+    gloo's thread while it holds Python's lock, for which that thread may wait. Then a colocated vLLM `engine`, which
+    shares the process group and takes it along; at the exit of the process it would look for it in vain.
     """
     gc.collect()
+    if engine is not None:
+        engine.llm_engine.engine_core.shutdown()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -102,8 +117,6 @@ def main(arguments: list[str] | None = None):
     """Run one process of a training. Ends the process, with the exit status that [`train`] returns."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):
-        from fipo_trl.commands.launch import show_help
-
         show_help()
         return
     try:
@@ -116,9 +129,11 @@ def main(arguments: list[str] | None = None):
         end(1)
     status = train(trainer, recipe, checkpoint)
     is_distributed = torch.distributed.is_initialized()
+    colocated = trainer.use_vllm and trainer.vllm_generation.mode == "colocate"
+    engine = trainer.vllm_generation.llm if colocated else None
     del trainer
     if is_distributed:
-        leave_process_group()
+        leave_process_group(engine)
     end(status)
 
 

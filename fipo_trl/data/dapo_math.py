@@ -63,7 +63,8 @@ def from_dapo(
         raise ValueError(f"max_prompt_length={max_prompt_length} needs a tokenizer with a chat template. Give one.")
     dataset = dataset.select_columns(["prompt", "reward_model"])
     rows = first_of_equals(dataset)
-    problems, contradicted = {}, set()
+    problems: dict[tuple, tuple[list[dict], str]] = {}
+    contradicted = set()
     for row, example in zip(rows, dataset.select(rows), strict=True):
         prompt, answer = read(row, **example)
         key = tuple((message["role"], message["content"]) for message in prompt)

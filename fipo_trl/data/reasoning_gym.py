@@ -72,7 +72,8 @@ def load_task(name: str, settings: dict | None = None, setting: str = "dataset_n
     most = 2 * (5 * max(size, test_size) + REPEATED_IN_A_ROW)  # problems that are looked at, of both splits
     first = 2 * random.Random(seed).getrandbits(30)  # some tasks take no seeds of more than 32 bits
     fields = {"task": name.removeprefix(PREFIX), "settings": own | {"seed": first, "size": most}}
-    splits, reports = {}, []
+    splits: dict[str, dict[str, dict]] = {}
+    reports = []
     for split, wanted, numbers in [("train", size, range(0, most, 2)), ("test", test_size, range(1, most, 2))]:
         try:
             splits[split], report = draw(fields, wanted, numbers, splits.get("train", {}), f"{name}, {split}")
@@ -95,7 +96,9 @@ def load_task(name: str, settings: dict | None = None, setting: str = "dataset_n
     )
 
 
-def draw(fields: dict, wanted: int, numbers: range, in_train: Collection[str], title: str) -> tuple[dict, str]:
+def draw(
+    fields: dict, wanted: int, numbers: range, in_train: Collection[str], title: str
+) -> tuple[dict[str, dict], str]:
     """Rows by their questions, and how many problems were made for them, in words.
 
     The rows are the first `wanted` new problems among those of these numbers, fewer if there are not enough.
@@ -103,7 +106,9 @@ def draw(fields: dict, wanted: int, numbers: range, in_train: Collection[str], t
     Raises:
         RuntimeError: if the task often fails to make one. (A few of `codeio` are broken.)
     """
-    rows, counts, in_a_row = {}, Counter(), 0
+    rows: dict[str, dict] = {}
+    counts: Counter[str] = Counter()
+    in_a_row = 0
     with tqdm(total=wanted, desc=title, unit="problem", disable=None, leave=False) as bar:
         for number in numbers:
             if len(rows) == wanted or in_a_row == REPEATED_IN_A_ROW:
@@ -154,10 +159,8 @@ def task_prompt(question: str, examples: list[list[str]]) -> list[dict]:
 
 def check_examples(examples):
     """Raise a `ValueError` for anything but a list of pairs of texts."""
-    pairs = examples if isinstance(examples, list) else [None]
-    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs) or not all(
-        isinstance(text, str) and text.strip() for pair in pairs for text in pair
-    ):
+    well_formed = isinstance(examples, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in examples)
+    if not well_formed or not all(isinstance(text, str) and text.strip() for pair in examples for text in pair):
         raise ValueError(
             f"dataset_settings: examples={examples!r:.200} must be a list of pairs of texts, [[question, answer]]. "
             "Quote numbers."

@@ -11,6 +11,7 @@ have weight matrices. The packed experts and convolutions of others are left as 
 """
 
 import logging
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ def register():
     from vllm.model_executor.layers import utils
 
     if utils.dispatch_cpu_unquantized_gemm is not keep_parameters:
-        keep_parameters.packing = utils.dispatch_cpu_unquantized_gemm
+        keep_parameters.packing = utils.dispatch_cpu_unquantized_gemm  # type: ignore[attr-defined]  # of a function
         utils.dispatch_cpu_unquantized_gemm = keep_parameters
 
 
@@ -59,9 +60,13 @@ def refuse_untested_version():
         )
 
 
-def keep_parameters(layer: torch.nn.Module, remove_weight: bool):
-    """Stands in for vLLM's `dispatch_cpu_unquantized_gemm`: no packing, whatever `remove_weight` says."""
+def keep_parameters(layer: Any, remove_weight: bool):
+    """Stands in for vLLM's `dispatch_cpu_unquantized_gemm`: no packing, whatever `remove_weight` says.
+
+    Args:
+        layer: A module, to which vLLM gives a `weight` and reads `cpu_linear` from.
+    """
     if layer.weight.dim() == 2:
         layer.cpu_linear = torch.nn.functional.linear
     else:
-        keep_parameters.packing(layer, remove_weight)
+        keep_parameters.packing(layer, remove_weight)  # type: ignore[attr-defined]

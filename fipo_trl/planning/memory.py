@@ -8,8 +8,6 @@ ZeRO-3 and vLLM hold is arithmetic from their sources. None of it was measured o
 from typing import NamedTuple
 
 from transformers import PretrainedConfig
-from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE as TOKEN_TILE
-from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as WORD_TILE
 
 from fipo_trl.planning.plan import Plan
 from fipo_trl.trainer.dapo_config import DAPOConfig
@@ -19,6 +17,9 @@ GIB = 2**30
 ERROR_BAR = 0.25  # of a memory estimate, either way: an estimate beyond the GPU by more than that cannot work
 OTHER_MEMORY = 3 * GIB  # CUDA context, NCCL, fragmentation
 ENGINE_MEMORY = 2 * GIB  # vLLM's activations for 4,096 tokens, and its CUDA graphs
+# Logits that TRL holds at once: tokens times words of the vocabulary. Of TRL 1.16 (TOKEN_CHUNK_SIZE in
+# trl.kernels.chunked_logprob, _CHUNKED_LOGPROB_CHUNK_SIZE in trl.trainer.utils); 1.14 has neither
+TOKEN_TILE, WORD_TILE = 4096, 32768
 SERVER_UTILIZATION = 0.9  # of a vLLM server, by its default
 
 

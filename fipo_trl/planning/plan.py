@@ -170,6 +170,6 @@ def make_plan(arguments: list[str], world_size: int, **spread) -> Plan:
         recipe.folder,
     )
     if is_task(run.dataset_name or ""):
-        check_task(run.dataset_name, run.dataset_settings)
+        check_task(run.dataset_name, run.task_settings.get(run.dataset_name))
     config = public_config(model.model_name_or_path) or find_config(model, training.trust_remote_code)
     return Plan(recipe, config, world_size=world_size, **spread)

@@ -69,7 +69,7 @@ class RunArguments(GRPOScriptArguments):
     @property
     def task_settings(self) -> dict[str, dict]:
         """`dataset_settings` by the name of the task that they are for."""
-        return {} if self.dataset_settings is None else {self.dataset_name: self.dataset_settings}
+        return {} if self.dataset_settings is None else {self.dataset_name: as_mapping(self.dataset_settings)}
 
 
 def as_mapping(settings: dict | str, setting: str = "dataset_settings") -> dict:

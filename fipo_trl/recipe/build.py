@@ -32,7 +32,7 @@ def build(recipe: Recipe) -> "DAPOTrainer":
             loaded or do not fit each other, or the model cannot do what is asked of it.
     """
     arguments = trainer_arguments(recipe)
-    evaluation = load_evaluation(
+    problems, accuracy = load_evaluation(
         recipe.run.eval_problems or [],
         recipe.run.eval_reward,
         task_settings=recipe.run.task_settings,
@@ -44,7 +44,7 @@ def build(recipe: Recipe) -> "DAPOTrainer":
 
     trainer = {"fipo": FIPOTrainer, "dapo": DAPOTrainer}[recipe.run.trainer](**arguments)
     if recipe.run.eval_problems:
-        trainer.add_callback(EvaluationCallback(trainer, *evaluation, *recipe.eval_sampling))
+        trainer.add_callback(EvaluationCallback(trainer, problems, accuracy, *recipe.eval_sampling))
     return trainer
 
 
@@ -97,9 +97,8 @@ def load_data(recipe: Recipe, reward_funcs: Sequence[Callable | str]) -> tuple[D
     if recipe.mixture.datasets:
         splits = get_dataset(recipe.mixture)
     elif run.dataset_name:
-        splits = load_splits(
-            run.dataset_name, run.dataset_config, run.dataset_streaming, task_settings=run.dataset_settings
-        )
+        of_task = run.task_settings.get(run.dataset_name)
+        splits = load_splits(run.dataset_name, run.dataset_config, run.dataset_streaming, task_settings=of_task)
     else:
         raise ValueError("dataset_name is not set: give a local folder or file, or the id of a dataset on the Hub.")
 

@@ -9,8 +9,10 @@ from fipo_trl.recipe.validate import Recipe
 
 
 # Public models, from the config.json of each, so that none must be downloaded to be asked about
-SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-SHAPE += ("vocab_size", "max_position_embeddings", "tie_word_embeddings")
+SHAPE = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("vocab_size", "max_position_embeddings", "tie_word_embeddings"),
+)
 MODELS = {
     "Qwen2.5-0.5B": (Qwen2Config, 896, 4864, 24, 14, 2, 151936, 32768, True),
     "Qwen2.5-1.5B": (Qwen2Config, 1536, 8960, 28, 12, 2, 151936, 131072, True),

@@ -8,7 +8,7 @@ import difflib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
@@ -80,7 +80,8 @@ class Parser(TrlParser):
     def check(self, name: str, value):
         """The value of a recipe's key, in the form in which argparse converts and checks it."""
         setting = self.settings[name]
-        for kind, word in [(type(None), "null"), (dict, "a mapping")]:
+        refused: list[tuple[type, str]] = [(type(None), "null"), (dict, "a mapping")]
+        for kind, word in refused:
             if isinstance(value, kind) and kind not in (get_origin(t) or t for t in get_args(self.types[name])):
                 raise ValueError(f"'{name}' cannot be {word}.")
         takes_list = setting.nargs in ("+", "*")
@@ -94,6 +95,13 @@ class Parser(TrlParser):
         return str(value) if isinstance(value, (bool, int, float)) else value  # argparse converts strings
 
 
+class OneFlag(argparse.ArgumentParser):
+    """Finds one flag among others."""
+
+    def error(self, message) -> NoReturn:
+        raise ValueError(message)
+
+
 def read(arguments: Iterable[str]) -> Written:
     """Read the command line and the YAML file that follows `--config`, and refuse every name that nothing reads.
 
@@ -101,13 +109,11 @@ def read(arguments: Iterable[str]) -> Written:
         ValueError: for a key or flag that nothing reads, with the nearest one that exists; for a key given twice; for
             a value of the wrong type in the recipe; for a setting of FIPO where the trainer is DAPO.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = OneFlag(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
-    first.error = Parser.error.__get__(first)
     options, flags = first.parse_known_args(list(arguments))
-    trainer = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    trainer = OneFlag(add_help=False, allow_abbrev=False)
     trainer.add_argument("--trainer")
-    trainer.error = first.error
     by_flag = trainer.parse_known_args(flags)[0].trainer
 
     parser = Parser()

@@ -35,7 +35,7 @@ def load_rewards(
         ValueError: if one cannot be loaded, there is none, or `overlong_buffer` is for nothing.
     """
     names = names or []
-    functions = [reward_model] if reward_model else []
+    functions: list[Callable | str] = [reward_model] if reward_model else []
     for name in names:
         if name in OVERLONG_PENALTIES:
             buffer = max_completion_length // 5 if overlong_buffer is None else overlong_buffer

@@ -14,7 +14,7 @@ from fipo_trl.rewards.reasoning_gym_process import ask
 SCORED_CHARACTERS = 10_000  # at the end of a completion; they also bound the time that finding the answer takes
 RIGHT = 1 - 1e-6  # some scores are sums of fractions
 
-FAILED = set()  # tasks whose scorers have failed in this process
+FAILED: set[str] = set()  # tasks whose scorers have failed in this process
 
 logger = logging.getLogger(__name__)
 

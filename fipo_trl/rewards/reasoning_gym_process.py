@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 
 
 SECONDS = {"make": 120, "score": 2}  # of CPU time
@@ -29,7 +30,7 @@ PARSED_BY_SYMPY = {"countdown", "intermediate_integration", "polynomial_multipli
 PARSED_BY_SYMPY |= {"simple_integration"}
 FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh", "cosh", "tanh"}
 FUNCTIONS |= {"asinh", "acosh", "atanh", "exp", "log", "ln", "sqrt", "Abs"}
-ARITHMETIC = (ast.Expression, ast.Constant, ast.Name, ast.expr_context, ast.List, ast.Tuple)
+ARITHMETIC: tuple[type[ast.AST], ...] = (ast.Expression, ast.Constant, ast.Name, ast.expr_context, ast.List, ast.Tuple)
 ARITHMETIC += (ast.UnaryOp, ast.BinOp, ast.unaryop, ast.operator)
 
 
@@ -46,6 +47,8 @@ def ask(kind: str, *arguments):
     if process.poll() is not None:  # it was killed since the last request
         process_of.cache_clear()
         process = process_of(os.getpid())
+    assert process.stdin is not None  # both are pipes, see below
+    assert process.stdout is not None
     process.stdin.write(json.dumps([kind, *arguments]) + "\n")
     process.stdin.flush()
     reply = process.stdout.readline()
@@ -134,11 +137,12 @@ def serve():
     os.dup2(2, 1)  # what a task prints must not pass for a reply
     with contextlib.suppress(ValueError, OSError):  # macOS sets no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    replying: dict[str, Callable] = {"make": make, "score": score}
     for line in sys.stdin:
         kind, *arguments = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, SECONDS[kind])  # then the kernel ends this process
         try:
-            reply = {"value": {"make": make, "score": score}[kind](*arguments)}
+            reply = {"value": replying[kind](*arguments)}
         except BaseException as error:  # SystemExit, too
             reply = {"error": f"{type(error).__name__}: {error!s:.200}"}
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -48,6 +48,21 @@ class DAPOConfig(GRPOConfig):
             These were sampled by the policy of one generation before, but are trained on as if the present one had
             sampled them: π_old is computed by the present policy. Otherwise their prompts are sampled anew.
 
+        > Parameters of rewards
+
+        reward_timeout (`float`, *optional*):
+            Seconds that a call of a reward function may take. By default as long as it takes. With a timeout, a
+            function that can be imported, or pickled, runs in a process of its own, which is killed when time is up:
+            it sees copies of its arguments, and its random numbers and global variables are not those of the run. What
+            it imports, once and again after each kill, does not count. Other functions (closures, lambdas, those that
+            a script or notebook defines itself, those that are given environments) run in a thread, which cannot be
+            killed: it is left behind, and may go on using memory, cores and what it shares with the next call. One
+            that is asynchronous is cancelled where it awaits, and never if it does not await. Reward models have no
+            timeout.
+        reward_timeout_action (`str`, *optional*, defaults to `"nan"`):
+            What becomes of a generation whose reward has not come: `"nan"`, its completions are not scored by this
+            function, with a warning; or `"error"`, which ends training, with a checkpoint.
+
         > Parameters of monitoring
 
         derivation_pattern (`str`, *optional*):
@@ -120,6 +135,20 @@ class DAPOConfig(GRPOConfig):
         metadata={
             "help": "Whether surplus prompts come first in the next batch, with their completions, which are then one "
             "generation older."
+        },
+    )
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds that a call of a reward function may take, in a process of its own if it can be imported "
+            "there, else in a thread, which cannot be killed. None: as long as it takes."
+        },
+    )
+    reward_timeout_action: str = field(
+        default="nan",
+        metadata={
+            "help": "What a timeout of a reward gives: 'nan' (its completions are not scored, with a warning) or "
+            "'error'."
         },
     )
     derivation_pattern: str = field(
@@ -207,9 +236,8 @@ class DAPOConfig(GRPOConfig):
         config.__dict__.update(adopted)
         config.lr_scheduler_type = SchedulerType(config.lr_scheduler_type)
         config._check()
-        return config, {
-            name: value for name, value in adopted.items() if not name.startswith(("dynamic_sampling", "token_credit"))
-        }
+        unsaid = ("dynamic_sampling", "token_credit", "reward_timeout")
+        return config, {name: value for name, value in adopted.items() if not name.startswith(unsaid)}
 
     @property
     def updates_per_generation(self) -> float:
@@ -237,6 +265,7 @@ class DAPOConfig(GRPOConfig):
             )
         self._check_dynamic_sampling()
         self._check_patterns()
+        self._check_reward_timeout()
         if self.lr_scheduler_type == SchedulerType.CONSTANT and self.warmup_steps > 0:
             raise ValueError(
                 f"lr_scheduler_type='constant' ignores warmup_steps={self.warmup_steps:g}. Set "
@@ -260,6 +289,20 @@ class DAPOConfig(GRPOConfig):
                 "answers are masked away or shrunk. Set vllm_importance_sampling_mode='token_truncate', or "
                 "vllm_importance_sampling_correction=False as in the paper's runs.",
                 stacklevel=3,
+            )
+
+    def _check_reward_timeout(self):
+        if self.reward_timeout is not None and not 0.0 < self.reward_timeout < math.inf:
+            raise ValueError(
+                f"reward_timeout={self.reward_timeout} must be a number of seconds greater than 0. To wait as long as "
+                "it takes, remove it."
+            )
+        if self.reward_timeout_action not in ("nan", "error"):
+            raise ValueError(f"reward_timeout_action='{self.reward_timeout_action}' must be 'nan' or 'error'.")
+        if self.reward_timeout is None and self.reward_timeout_action != "nan":
+            raise ValueError(
+                f"reward_timeout_action='{self.reward_timeout_action}' does nothing without reward_timeout. Set that, "
+                "or remove it."
             )
 
     def _check_patterns(self):

@@ -2,15 +2,20 @@
 
 It reads as a list of the methods of TRL that are overridden. The work is done elsewhere: groups that are sampled ahead
 (`rollouts.py`, by the rules of `dynamic_sampling.py`), micro-batches without padding (`length_grouping.py`), checks of
-the engine (`engine.py`), the scope of a loss (`loss_scope.py`), exact resuming (`resume.py`), metrics (`metrics.py`).
+the engine (`engine.py`), the scope of a loss (`loss_scope.py`), checks of rewards (`reward_calls.py`), a checkpoint of
+what fails (`last_update.py`), exact resuming (`resume.py`), metrics (`metrics.py`).
 """
 
 import inspect
+import os
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.import_utils import is_vllm_available
 from trl.trainer.utils import get_config_model_id
@@ -20,12 +25,23 @@ from fipo_trl.objective.influence import InfluenceStatistics, PolicyStatistics, 
 from fipo_trl.trainer.dapo_config import DAPOConfig
 from fipo_trl.trainer.dynamic_sampling import DynamicSampler
 from fipo_trl.trainer.engine import EngineMismatch, check_ends
+from fipo_trl.trainer.last_update import LastUpdate
 from fipo_trl.trainer.length_grouping import LengthGrouping, log_probs_by_length
 from fipo_trl.trainer.loss_scope import LossScope
+from fipo_trl.trainer.manifest import (
+    Changes,
+    announce_changes,
+    begin_checkpoint,
+    fingerprint,
+    set_learning_rate,
+    write_manifest,
+)
 from fipo_trl.trainer.metrics import counters, generation_metrics
 from fipo_trl.trainer.prompts import check_prompts
-from fipo_trl.trainer.resume import restore_generation, save_generation
+from fipo_trl.trainer.resume import resolve, restore_generation, save_generation
+from fipo_trl.trainer.reward_calls import RewardCalls
 from fipo_trl.trainer.rollouts import GroupRollouts
+from fipo_trl.trainer.trl_contract import check_attributes, check_contract
 
 
 logger = get_logger(__name__)
@@ -59,6 +75,7 @@ class DAPOTrainer(GRPOTrainer):
             raise TypeError(
                 f"args must be a {self._config_class.__name__} or a GRPOConfig, got {type(args).__name__}."
             )
+        check_contract()
         given, adopted = args, {}
         if not isinstance(args, DAPOConfig):
             args, adopted = self._config_class.from_grpo_config(args)
@@ -68,10 +85,18 @@ class DAPOTrainer(GRPOTrainer):
         self._train_sampler = None  # TRL's; None for iterable datasets
         self._rewards_per_function: Tensor | None = None  # (rows of all processes, F), of the completions just scored
         self._loss_scope = LossScope()
+        self._changes: Changes | None = None  # of a run that was resumed
         self._group_rollouts: GroupRollouts | None = None
         bound = inspect.signature(super().__init__).bind_partial(model, reward_funcs, args, *positional, **keywords)
         check_prompts(bound.arguments.get("train_dataset"), bound.arguments.get("processing_class"))
         super().__init__(*bound.args, **bound.kwargs)
+        check_attributes(self)
+        self._reward_calls = RewardCalls(
+            self.reward_funcs, self.reward_func_names, args.reward_timeout, args.reward_timeout_action
+        )
+        self.reward_funcs = self._reward_calls.functions
+        self._last_update = LastUpdate(self)
+        self.add_callback(self._last_update)
         check_ends(self)
         warn_of_dropout(self.model)
         truncated = args.top_p < 1.0 or args.top_k > 0 or bool(args.min_p)
@@ -104,7 +129,11 @@ class DAPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, *args, **kwargs):
         replayed = self._group_rollouts and self._group_rollouts.replayed_rewards
-        self._rewards_per_function = super()._calculate_rewards(*args, **kwargs) if replayed is None else replayed
+        if replayed is None:
+            self._rewards_per_function = super()._calculate_rewards(*args, **kwargs)
+            self._reward_calls.finish(self._rewards_per_function, self.accelerator)
+        else:
+            self._rewards_per_function = replayed
         return self._rewards_per_function
 
     # Groups become micro-batches
@@ -189,7 +218,7 @@ class DAPOTrainer(GRPOTrainer):
         logs.update(counters(self.state.global_step, self.args))
         super().log(logs, *args, **kwargs)
 
-    # Data and resuming
+    # Data
 
     def get_train_dataloader(self):
         args = self.args
@@ -207,6 +236,39 @@ class DAPOTrainer(GRPOTrainer):
         self._train_sampler = super()._get_train_sampler(dataset)
         return self._train_sampler
 
+    @cached_property
+    def data_fingerprint(self) -> dict | None:
+        """Of the training data, for [`fipo_trl.trainer.manifest`]."""
+        return fingerprint(self.train_dataset)
+
+    # Failing and resuming
+
+    @property
+    def inside_generation(self) -> bool:
+        """Whether completions of the generation at hand are still to be trained on."""
+        return self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        checkpoint = resolve(self, resume_from_checkpoint)
+        self._changes = checkpoint and announce_changes(self, checkpoint)
+        with self._last_update.saved_on_failure():
+            return super().train(checkpoint, *args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._last_update.remember()
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with self._last_update.saving():
+            begin_checkpoint(self, folder)
+            super()._save_checkpoint(model, trial)
+            write_manifest(self, folder)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # next, the main process deletes older checkpoints
+
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
         save_generation(self, output_dir)
@@ -214,7 +276,22 @@ class DAPOTrainer(GRPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            if self._changes and self._changes.learning_rate is not None:
+                set_learning_rate(self, self._changes.learning_rate)
             restore_generation(self, checkpoint)
+
+    # The model's card
+
+    def create_model_card(self, model_name: str | None = None, *args, **kwargs):
+        """TRL's, with the folder's name and the model's own path where the Hub knows no name for them."""
+        output_dir, hub_id = self.args.output_dir, self.hub_model_id
+        super().create_model_card(model_name or Path(hub_id or output_dir).name, *args, **kwargs)
+        card = Path(output_dir, "README.md")
+        if self.is_world_process_zero():
+            text = card.read_text()
+            base = get_config_model_id(self.model.config)
+            text = text.replace("[None](https://huggingface.co/None)", f"`{base}`" if base else "a model")
+            card.write_text(text.replace('model="None"', f'model="{os.path.normpath(output_dir)}"'))
 
 
 def tell_promotion(given: GRPOConfig, args: DAPOConfig, adopted: dict[str, Any]):

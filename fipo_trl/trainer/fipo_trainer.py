@@ -144,7 +144,7 @@ class FIPOTrainer(DAPOTrainer):
 
     def _warn_if_inert(self, total: InfluenceStatistics):
         """Say so once when FIPO has equalled DAPO for two whole generations."""
-        if self.args.fipo_is_off:
+        if self.args.fipo_is_off or self._reward_calls.nothing_scored:  # which has been said
             return
         patience = 2 * self.args.updates_per_generation
         was_inert = self._inert_updates >= patience

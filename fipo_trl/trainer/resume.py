@@ -1,5 +1,6 @@
 """A run on disk: which checkpoint to go on from, and what TRL forgets in one of the generation at hand."""
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fipo_trl.trainer.dynamic_sampling import DynamicSampler
+from fipo_trl.trainer.manifest import MANIFEST_NAME, TRAINER_STATE_NAME, describe, faults, reference_is_missing
 
 
 if TYPE_CHECKING:
@@ -18,54 +20,113 @@ if TYPE_CHECKING:
     from fipo_trl.trainer.dapo_trainer import DAPOTrainer
 
 logger = get_logger(__name__)
+plain_logger = logging.getLogger(__name__)  # before there is anything that accelerate's could ask for the rank
 
-TRAINER_STATE_NAME = "trainer_state.json"  # transformers' name
 GENERATION_STATE_NAME = "generation_state_{rank}.pt"
 
 
 # Checkpoints
 
 
-def latest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint of a run that is whole, or `None`.
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoints of a run, whole or not, the newest first."""
+    found = {}
+    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/"):
+        number = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if number.isdecimal():  # not somebody's own
+            found[int(number)] = folder
+    return [found[number] for number in sorted(found, reverse=True)]
 
-    The trainer's state is written last: without it, a process was killed while it saved.
-    """
-    states = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
-    updates = {state.parent.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"): state.parent for state in states}
-    last = max((number for number in updates if number.isdecimal()), key=int, default=None)
-    return updates.get(last)
+
+def latest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint of a run that is whole, or `None`. Those passed over are named in the log."""
+    for folder in checkpoints(output_dir):
+        found = faults(folder)
+        if not found:
+            return folder
+        plain_logger.warning(f"{folder} is passed over, it is not whole: {describe(found)}.")
+    return None
+
+
+def latest_state(output_dir: str | Path) -> Path | None:
+    """The trainer_state.json of the newest checkpoint that has one, or `None`. To look at a run, not to go on."""
+    states = (folder / TRAINER_STATE_NAME for folder in checkpoints(output_dir))
+    return next((state for state in states if state.is_file()), None)
 
 
 def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None, max_steps: int) -> str | None:
     """The checkpoint to resume from. An output folder with the checkpoints of another run is not overwritten.
 
+    `"latest"` is the newest that is whole; without one, the run starts anew.
+
     Args:
         output_dir, resume_from_checkpoint, max_steps: Of the run's configuration.
 
     Raises:
-        ValueError: if there is no such checkpoint, it has made `max_steps` updates already, or `output_dir` holds
-            checkpoints and nothing says what to do with them.
+        ValueError: if there is no such checkpoint, it is not whole, it has made `max_steps` updates already, or
+            `output_dir` holds checkpoints and nothing says what to do with them.
     """
-    latest = latest_checkpoint(output_dir)
     wanted = resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
-        if latest:
+        if latest := latest_checkpoint(output_dir):
             raise ValueError(
                 f"output_dir={output_dir} holds {latest.name} of an earlier run. Pass --resume_from_checkpoint latest "
                 "to go on with it, or another --output_dir."
             )
         return None
     if str(wanted).lower() in ("latest", "true"):
+        latest = latest_checkpoint(output_dir)
         if latest is None:
-            raise ValueError(f"resume_from_checkpoint={wanted}, but output_dir={output_dir} holds no checkpoint.")
+            whole = "whole " if checkpoints(output_dir) else ""
+            plain_logger.warning(f"output_dir={output_dir} holds no {whole}checkpoint: the run starts anew.")
+            return None
         wanted = str(latest)
-    if not os.path.isdir(wanted):
-        raise ValueError(f"resume_from_checkpoint={wanted}: there is no such folder.")
+    check_whole(wanted)
     done = TrainerState.load_from_json(os.path.join(wanted, TRAINER_STATE_NAME)).global_step
     if 0 < max_steps <= done:  # transformers would make one more update
         raise ValueError(f"{wanted} has made {done} of max_steps={max_steps} updates. Raise max_steps.")
     return str(wanted)
+
+
+def check_whole(checkpoint: str | Path, but: tuple[str, ...] = ()):
+    """Args:
+        but: Names of files that may be missing.
+
+    Raises:
+        ValueError: if there is no such folder, or it is not whole.
+    """
+    if not os.path.isdir(checkpoint):
+        raise ValueError(f"resume_from_checkpoint={checkpoint}: there is no such folder.")
+    found = {name: what for name, what in faults(checkpoint).items() if name not in but or what != "is missing"}
+    if found:
+        raise ValueError(f"resume_from_checkpoint={checkpoint} is not whole: {describe(found)}.")
+    if not Path(checkpoint, MANIFEST_NAME).is_file():
+        plain_logger.warning(
+            f"{checkpoint} has no {MANIFEST_NAME}: TRL saved it, or an older version of this package. Its files are "
+            "there, but neither their sizes nor the settings of its run can be compared."
+        )
+
+
+def resolve(trainer: "DAPOTrainer", resume_from_checkpoint: str | bool | None) -> str | None:
+    """What `trainer.train` was asked to resume from, as a folder on which all processes agree.
+
+    A generation state may be missing: [`restore_generation`] says what that means.
+
+    Raises:
+        ValueError: if there is no such checkpoint, it is not whole, or processes see different ones.
+    """
+    checkpoint = resume_from_checkpoint or None
+    if checkpoint is True:
+        checkpoint = latest_checkpoint(trainer.args.output_dir)
+        if checkpoint is None:
+            raise ValueError(f"No valid checkpoint found in output directory ({trainer.args.output_dir})")
+    names = gather_object([checkpoint and os.path.basename(os.path.normpath(checkpoint))])
+    if len(set(names)) > 1:
+        raise ValueError(f"The processes would resume from different checkpoints: {', '.join(map(str, names))}.")
+    if checkpoint is not None:
+        ranks = range(trainer.args.world_size)
+        check_whole(checkpoint, but=tuple(GENERATION_STATE_NAME.format(rank=rank) for rank in ranks))
+    return checkpoint and str(checkpoint)
 
 
 # The generation at hand
@@ -79,12 +140,11 @@ def generation_layout(args: "DAPOConfig") -> dict[str, int]:
 
 def save_generation(trainer: "DAPOTrainer", folder: str):
     """Save where this process stands in its generation, completions still in use, and metrics not yet logged."""
-    mid_generation = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
     sampler = trainer.dynamic_sampler
     state = {
         "layout": generation_layout(trainer.args),
         "step": trainer._step,
-        "buffered_inputs": trainer._buffered_inputs if mid_generation else None,
+        "buffered_inputs": trainer._buffered_inputs if trainer.inside_generation else None,
         "dynamic_sampling": sampler.state_dict() if sampler else None,
         "metrics": {name: list(map(float, values)) for name, values in trainer._metrics["train"].items()},
     }
@@ -100,8 +160,11 @@ def restore_generation(trainer: "DAPOTrainer", checkpoint: str):
     # All processes must go on alike: a single one without its state would generate while the others train
     continued = all(gather_object([state is not None and state["layout"] == generation_layout(trainer.args)]))
     if continued:
+        buffered = state["buffered_inputs"]
+        if trainer.beta != 0 and buffered and "ref_per_token_logps" not in buffered[0]:
+            raise ValueError(f"The run cannot go on from {checkpoint}. {reference_is_missing(trainer.beta)}")
         trainer._step = state["step"]
-        trainer._buffered_inputs = send_to_device(state["buffered_inputs"], trainer.accelerator.device)
+        trainer._buffered_inputs = send_to_device(buffered, trainer.accelerator.device)
         trainer._metrics["train"].update(state["metrics"])
     else:
         logger.warning(

@@ -2,21 +2,30 @@
 
 import signal
 import sys
+import time
 
 import torch
 from transformers import TrainerCallback
+
+from fipo_trl.trainer.reward_calls import RUNNING, give_up
+
+
+AGAIN = 1.0  # seconds between two signals that are two, not one that launchers pass on
 
 
 class StopOnSignal(TrainerCallback):
     """Turns SIGINT (Ctrl-C) and SIGTERM (a job scheduler) into: finish this update, save a checkpoint, stop.
 
-    The signal must reach the training processes. torchrun kills them 30 s after it got one itself. A second Ctrl-C
-    ends a single process at once; several it does not, because launchers pass on what the terminal has already sent.
+    The signal must reach the training processes. torchrun kills them 30 s after it got one itself. A second one in a
+    reward function gives up the generation: [`GenerationGivenUp`] is raised, and [`DAPOTrainer`] saves a checkpoint of
+    the last update. Elsewhere it ends a single process at once; several it does not, because launchers pass on what
+    the terminal has already sent.
     """
 
     def __init__(self):
         self.requested = False  # on this process
         self.stopped = False  # agreed by all processes
+        self._first = 0.0  # when it was requested
 
     def on_train_begin(self, args, state, control, **kwargs):
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -27,11 +36,21 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     def _request(self, number, frame):
-        if self.requested and not torch.distributed.is_initialized():
-            raise KeyboardInterrupt
+        several = torch.distributed.is_initialized()
         if not self.requested:
-            print("\nStopping after this update, and saving a checkpoint ...", file=sys.stderr, flush=True)
-        self.requested = True
+            self.requested, self._first = True, time.monotonic()
+            say("Stopping after this update, and saving a checkpoint ...")
+            if RUNNING:
+                say(
+                    f"This process is {RUNNING[0]}. A second signal gives up the generation, and saves a checkpoint "
+                    "of the last update."
+                )
+        elif RUNNING:
+            if not several or time.monotonic() - self._first > AGAIN:
+                say(f"Giving up the generation, {RUNNING[0]} ...")
+                give_up()
+        elif not several:
+            raise KeyboardInterrupt
 
     def on_step_end(self, args, state, control, **kwargs):
         requested = torch.tensor(float(self.requested), device=args.device)
@@ -41,3 +60,7 @@ class StopOnSignal(TrainerCallback):
             self.stopped = True
             control.should_save = True
             control.should_training_stop = True
+
+
+def say(text: str):
+    print(f"\n{text}", file=sys.stderr, flush=True)

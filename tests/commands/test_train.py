@@ -1,18 +1,20 @@
 """The command line, from the outside: `accelerate launch scripts/train_fipo.py`."""
 
+import fcntl
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from held import REWARD, HeldRun
 from peft import AutoPeftModelForCausalLM
-from safetensors.torch import load_file
+from rewards_for_tests import COLLAPSE_FLAGS
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import make_model
 from transformers import AutoTokenizer
@@ -22,6 +24,7 @@ from fipo_trl.evaluation.callback import EvaluationCallback
 from fipo_trl.recipe.build import build
 from fipo_trl.recipe.validate import read_and_validate
 from fipo_trl.rewards.names import load_rewards
+from fipo_trl.trainer.manifest import faults
 from fipo_trl.trainer.resume import find_checkpoint
 
 
@@ -72,8 +75,7 @@ def test_control_arm_is_dapo(tmp_path):
 
 
 def test_collapse_stops_the_run_where_that_is_asked(tmp_path):
-    unstable = ["--learning_rate", 4e-3, "--num_iterations", 2, "--influence_weight_max", 10, "--logging_steps", 1]
-    run = launch(RECIPE, tmp_path, *unstable, "--max_steps", 200, "--on_collapse", "stop", check=False)
+    run = launch(RECIPE, tmp_path, *COLLAPSE_FLAGS, check=False)
     assert "returned non-zero exit status 3." in run.stderr  # accelerate itself exits with 1
     assert "Stopped at update" in run.stdout
     assert "because on_collapse is 'stop': dual-clip fraction" in run.stdout
@@ -93,23 +95,18 @@ def test_lora_saves_an_adapter(tmp_path):
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_resumes_exactly(tmp_path):
-    arguments = ["--max_steps", "40", "--save_steps", "40", "--logging_steps", "1"]
+    arguments = [*REWARD, "--max_steps", "24", "--save_steps", "24", "--logging_steps", "1"]
     launch(RECIPE, tmp_path / "uninterrupted", *arguments)
 
     # The script itself: a terminal sends Ctrl-C to it and to its launcher alike
     interrupted = [sys.executable, "scripts/train_fipo.py", "--config", RECIPE]
     interrupted += ["--output_dir", str(tmp_path / "interrupted"), *arguments]
-    log = tmp_path / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(interrupted, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
-        deadline = time.monotonic() + 120
-        while "'loss'" not in log.read_text() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130, log.read_text()
-    assert "--resume_from_checkpoint latest" in log.read_text()
+    with HeldRun(interrupted, tmp_path / "held", generation=2) as run:
+        run.signal(signal.SIGINT)
+        assert run.let_go() == 130, run.log.read_text()
+    assert "--resume_from_checkpoint latest" in run.log.read_text()
     (checkpoint,) = (tmp_path / "interrupted").glob("checkpoint-*")
-    assert int(checkpoint.name.split("-")[1]) < 40
+    assert checkpoint.name == "checkpoint-9"  # the first update of the second generation
     assert not (tmp_path / "interrupted" / "model.safetensors").exists()
 
     again = launch(RECIPE, tmp_path / "interrupted", *arguments, check=False)
@@ -325,23 +322,59 @@ def checkpoint_of(recipe):
     return find_checkpoint(training.output_dir, training.resume_from_checkpoint, training.max_steps)
 
 
-def test_resume_from_what_is_not_there(tmp_path):
-    for value, message in [("latest", "holds no checkpoint"), (str(tmp_path / "none"), "there is no such folder")]:
-        parsed = read_and_validate(
-            ["--config", RECIPE, "--output_dir", str(tmp_path), "--resume_from_checkpoint", value]
-        )
-        with pytest.raises(ValueError, match=message):
-            checkpoint_of(parsed)
+def test_resume_from_what_is_not_there(tmp_path, caplog):
+    resume = ["--config", RECIPE, "--output_dir", str(tmp_path), "--resume_from_checkpoint"]
+    assert checkpoint_of(read_and_validate([*resume, "latest"])) is None  # a restart loop begins so
+    assert "holds no checkpoint: the run starts anew" in caplog.text
+    with pytest.raises(ValueError, match="there is no such folder"):
+        checkpoint_of(read_and_validate([*resume, str(tmp_path / "none")]))
 
 
 def test_resume_from_a_finished_run(tmp_path):
     checkpoint = tmp_path / "checkpoint-8"
     checkpoint.mkdir()
     (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 8}))
+    save_file({}, checkpoint / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({}, checkpoint / name)
     resume = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"]
     with pytest.raises(ValueError, match=r"has made 8 of max_steps=8 updates\. Raise max_steps"):
         checkpoint_of(read_and_validate(["--config", RECIPE, *resume, "--max_steps", "8"]))
     assert checkpoint_of(read_and_validate(["--config", RECIPE, *resume, "--max_steps", "9"])) == str(checkpoint)
+
+
+def test_a_resumed_run_keeps_its_data(tmp_path):
+    small = ["--output_dir", tmp_path, "--max_steps", 1, "--save_steps", 1]
+    launch(RECIPE, tmp_path, *small)
+    assert faults(tmp_path / "checkpoint-1") == {}
+    assert "# Model Card for " + tmp_path.name in (tmp_path / "README.md").read_text()
+    assert "None" not in (tmp_path / "README.md").read_text()
+    again = [*small, "--resume_from_checkpoint", "latest", "--max_steps", 2]
+    run = launch(RECIPE, tmp_path, *again, "--dataset_train_split", "test", check=False)
+    assert run.returncode == 1
+    assert "error: The run cannot go on from " in run.stderr
+    assert "The training data are others" in run.stderr
+    run = launch(RECIPE, tmp_path, *again, "--learning_rate", "1e-3")
+    assert re.search(r"From here on: learning_rate: \S+ -> 0\.001\.", run.stderr)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_folder_in_use_or_not_writable_is_refused_at_the_start(tmp_path, processes):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-m", "fipo_trl", "train", "--cpu", "--num_processes", str(processes)]
+    command += ["--main_process_port", "0", "--config", RECIPE, "--per_device_train_batch_size", "8", "--output_dir"]
+    with (tmp_path / "_lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 17 on another-host")
+        lock.flush()
+        for folder, message in [
+            (tmp_path, "is in use: process 17 on another-host trains in it."),
+            (tmp_path / "file" / "run", "cannot be written: Not a directory."),
+        ]:
+            run = subprocess.run([*command, str(folder)], capture_output=True, text=True, cwd=ROOT, timeout=300)
+            assert run.returncode == 1, run.stderr
+            assert run.stderr.count(f"error: output_dir={folder} {message}") == 1, run.stderr
+            assert "Traceback" not in run.stderr.split("error: output_dir")[0]
 
 
 def test_help_names_every_setting():

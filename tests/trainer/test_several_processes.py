@@ -1,15 +1,13 @@
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas
-import psutil
 import pytest
 import torch
+from held import REWARD, HeldRun
 from tiny import distance, make_model
 
 
@@ -107,22 +105,13 @@ def test_dynamic_sampling_keeps_the_same_groups_on_several_processes(
 
 @pytest.mark.parametrize("signalled", [0, 1])
 def test_sigterm_to_one_process_stops_both_at_the_same_update(tmp_path, signalled):
-    arguments = ["--config", "recipes/tiny/fipo.yaml", "--per_device_train_batch_size", "8", "--logging_steps", "1"]
+    arguments = ["--config", "recipes/tiny/fipo.yaml", "--per_device_train_batch_size", "8", *REWARD]
     command = [*LAUNCH, "scripts/train_fipo.py", *arguments, "--output_dir", str(tmp_path / "run")]
-    log = tmp_path / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, cwd=TESTS.parent, start_new_session=True
-        )
-        deadline = time.monotonic() + 120
-        while "'loss'" not in log.read_text() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        psutil.Process(process.pid).children()[signalled].terminate()  # the other must stop at the same update
-        process.wait(timeout=60)
-    assert "Stopped at update" in log.read_text()
+    with HeldRun(command, tmp_path / "held", generation=2, processes=2) as run:
+        run.signal(signal.SIGTERM, run.ranks[signalled])  # the other must stop at the same update
+        run.let_go()
+    assert "Stopped at update 9," in run.log.read_text()
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     states = [torch.load(checkpoint / f"generation_state_{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert states[0]["step"] == states[1]["step"] == int(checkpoint.name.split("-")[1])
+    assert states[0]["step"] == states[1]["step"] == int(checkpoint.name.split("-")[1]) == 9
     assert states[0]["layout"]["world_size"] == 2
-    with pytest.raises(ProcessLookupError):  # nobody is left behind
-        os.killpg(process.pid, signal.SIGKILL)

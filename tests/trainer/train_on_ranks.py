@@ -19,7 +19,7 @@ def main(result, output_dir, settings):
     settings["per_device_train_batch_size"] = settings["per_device_train_batch_size"] // world_size
     keywords = {"rollout_func": scored_rollouts, "reward_funcs": [right_for_some, longer_is_better]}
     trainer = make_trainer(output_dir, keywords=keywords, **settings)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=settings.get("resume_from_checkpoint") == "true")
     if trainer.accelerator.is_main_process:
         log = trainer.state.log_history
         torch.save({"world_size": world_size, "parameters": parameters(trainer), "log": log}, result)
