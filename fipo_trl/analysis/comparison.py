@@ -58,7 +58,7 @@ def metrics_of(
         problems as `aime24: avg@n`. In training, means over all rows: `LOGGED`, and also `grad_norm/max`;
         `updates_to_80`; `alarms`, 1 where the signature of a collapse shows; `seconds` of sampling and updates.
     """
-    metrics = {}
+    metrics: dict[str, float] = {}
     for evaluation in evaluations:
         prefix = f"{evaluation.name}: " if len(evaluations) > 1 else ""
         metrics |= {prefix + name: value for name, value in held_out(evaluation, derivation, self_check).items()}
@@ -222,6 +222,8 @@ def draw_differences(compared: dict[str, dict], metrics: Sequence[str], path: Pa
     axes = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
     for axis, metric in zip(axes, metrics, strict=True):
         row = row_of(metric)
+        if row is None:
+            raise ValueError(f"{metric} is not in the tables, and has no title.")
         for place, arm in enumerate(arms):
             if metric not in compared[arm]["minus_control"]:
                 continue

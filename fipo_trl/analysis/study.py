@@ -157,9 +157,8 @@ def tasks_of(study: Study, root: Path) -> dict[tuple[int, str], Task]:
         taken[name] = f"the arm '{arm}'"
     tasks = {}
     for arm, words in study.arms.items():
-        trained = isinstance(words, list)
-        recipe = read_and_validate(words) if trained else None
-        if trained and (own := sorted(names_of(words) & OWN)):
+        recipe = read_and_validate(words) if isinstance(words, list) else None
+        if isinstance(words, list) and (own := sorted(names_of(words) & OWN)):
             raise ValueError(f"The arm '{arm}' sets --{own[0]}, which is another for each of its runs. Remove it.")
         evaluation = list(study.evaluation)
         of_task = recipe.run.dataset_settings if recipe and recipe.run.dataset_name in evaluation else None
@@ -168,7 +167,8 @@ def tasks_of(study: Study, root: Path) -> dict[tuple[int, str], Task]:
         on_gpu = torch.cuda.is_available() and not (recipe and recipe.training.use_cpu)
         for seed in study.seeds_of(arm):
             folder = root / folder_name(arm) / f"seed-{seed}"
-            if trained:
+            if isinstance(words, list):
+                run = folder / "run"
                 path = Path(words[words.index("--config") + 1])
                 arguments = {
                     "train": [*words, "--seed", str(seed)],
@@ -176,9 +176,9 @@ def tasks_of(study: Study, root: Path) -> dict[tuple[int, str], Task]:
                     "recipe_sha256": digest(path),
                 }
             else:
-                state = words[seed] / TRAINER_STATE_NAME
-                arguments = {"run": str(words[seed]), "evaluate": evaluation, "state_sha256": digest(state)}
-            run = folder / "run" if trained else words[seed]
+                run = words[seed]
+                state = run / TRAINER_STATE_NAME
+                arguments = {"run": str(run), "evaluate": evaluation, "state_sha256": digest(state)}
             tasks[seed, arm] = Task(folder, run, arguments, on_gpu)
     return dict(sorted(tasks.items(), key=lambda item: item[0][0]))
 

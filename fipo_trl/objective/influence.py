@@ -7,7 +7,7 @@ Shapes: B sequences, T completion tokens. Source: https://arxiv.org/abs/2603.198
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,27 +20,30 @@ SAFETY_RANGE = (0.8, 1.0)  # what the official safety cap clips a weight to; the
 ACTIVE_DISTANCE = 1e-4  # a token with |f - 1| above this is one on which FIPO differs from DAPO
 
 
+Sum = Any  # a 0-d tensor of a batch, a float in the total of several
+
+
 class InfluenceStatistics(NamedTuple):
-    """Sums over the scored tokens of a batch, each a 0-d tensor. `total` takes several batches together.
+    """Sums over the scored tokens of a batch, each a 0-d tensor. `total` makes floats of several batches.
 
     Fractions of tokens are a count over `tokens`, those of sequences over `sequences`. The last two are extremes.
     """
 
-    tokens: Tensor  # scored tokens
-    sequences: Tensor  # rows with at least one scored token
-    dropped_sequences: Tensor  # rows that leave the loss
-    dropped_tokens: Tensor  # scored tokens of those rows
-    policy_kl: Tensor  # sum of -d: the estimate of KL(pi_old || pi_theta) that the paper plots
-    future_kl: Tensor  # sum of F
-    weight: Tensor  # sum of f
-    active: Tensor  # count of |f - 1| > ACTIVE_DISTANCE
-    low_clipped: Tensor  # count of f at weight_min, after the safety cap, as the official code counts
-    high_clipped: Tensor  # count of f at weight_max, likewise
-    masked: Tensor  # count of tokens that take no part in Future-KL: r > c
-    safety_capped: Tensor  # count of A < 0 and r > s
-    dual_clipped: Tensor  # count of A < 0 and r > c
-    weight_min: Tensor  # smallest f, +inf without scored tokens
-    weight_max: Tensor  # largest f, -inf without scored tokens
+    tokens: Sum  # scored tokens
+    sequences: Sum  # rows with at least one scored token
+    dropped_sequences: Sum  # rows that leave the loss
+    dropped_tokens: Sum  # scored tokens of those rows
+    policy_kl: Sum  # sum of -d: the estimate of KL(pi_old || pi_theta) that the paper plots
+    future_kl: Sum  # sum of F
+    weight: Sum  # sum of f
+    active: Sum  # count of |f - 1| > ACTIVE_DISTANCE
+    low_clipped: Sum  # count of f at weight_min, after the safety cap, as the official code counts
+    high_clipped: Sum  # count of f at weight_max, likewise
+    masked: Sum  # count of tokens that take no part in Future-KL: r > c
+    safety_capped: Sum  # count of A < 0 and r > s
+    dual_clipped: Sum  # count of A < 0 and r > c
+    weight_min: Sum  # smallest f, +inf without scored tokens
+    weight_max: Sum  # largest f, -inf without scored tokens
 
     @classmethod
     def total(cls, rows: Tensor) -> "InfluenceStatistics":
@@ -53,9 +56,9 @@ class InfluenceStatistics(NamedTuple):
 class PolicyStatistics(NamedTuple):
     """Those of them that do not depend on the weights."""
 
-    tokens: Tensor
-    policy_kl: Tensor
-    dual_clipped: Tensor
+    tokens: Sum
+    policy_kl: Sum
+    dual_clipped: Sum
 
     @classmethod
     def total(cls, rows: Tensor) -> "PolicyStatistics":

@@ -338,7 +338,7 @@ class DAPOConfig(GRPOConfig):
                     "least 1: a round samples so many generation batches of prompts. Set 'auto', 4.0 (the paper's "
                     "FIPO runs) or 3.0 (DAPO)."
                 )
-            self.dynamic_sampling_oversample = factor
+            self.dynamic_sampling_oversample = factor  # type: ignore[assignment]  # argparse knows no str | float
         if self.dynamic_sampling_max_rounds < 1:
             raise ValueError(
                 f"dynamic_sampling_max_rounds={self.dynamic_sampling_max_rounds} must be at least 1. Set 10 (the "

@@ -65,6 +65,9 @@ class DAPOTrainer(GRPOTrainer):
     _tag_names = ["trl", "dapo"]
     _name = "DAPO"
     _config_class: type[DAPOConfig] = DAPOConfig
+    # TRL's
+    reward_funcs: list[Any]
+    _buffered_inputs: Any
 
     def __init__(self, model, reward_funcs=None, args: GRPOConfig | None = None, *positional, **keywords):
         if args is None:
@@ -76,14 +79,15 @@ class DAPOTrainer(GRPOTrainer):
                 f"args must be a {self._config_class.__name__} or a GRPOConfig, got {type(args).__name__}."
             )
         check_contract()
-        given, adopted = args, {}
+        given = args
+        adopted: dict[str, Any] = {}
         if not isinstance(args, DAPOConfig):
             args, adopted = self._config_class.from_grpo_config(args)
         if args.use_vllm and args.vllm_mode == "colocate" and is_vllm_available():
             vllm_cpu.refuse_untested_version()
 
         self._train_sampler = None  # TRL's; None for iterable datasets
-        self._rewards_per_function: Tensor | None = None  # (rows of all processes, F), of the completions just scored
+        self._rewards_per_function: Any = None  # (rows of all processes, F), of the completions just scored
         self._loss_scope = LossScope()
         self._changes: Changes | None = None  # of a run that was resumed
         self._group_rollouts: GroupRollouts | None = None
@@ -110,7 +114,7 @@ class DAPOTrainer(GRPOTrainer):
     @property
     def dynamic_sampler(self) -> DynamicSampler | None:
         """What fills the generation batches, with `dynamic_sampling=True`."""
-        return self._group_rollouts and self._group_rollouts.sampler
+        return self._group_rollouts.sampler if self._group_rollouts else None
 
     # A prompt becomes groups
 
@@ -128,7 +132,7 @@ class DAPOTrainer(GRPOTrainer):
         return outputs
 
     def _calculate_rewards(self, *args, **kwargs):
-        replayed = self._group_rollouts and self._group_rollouts.replayed_rewards
+        replayed = self._group_rollouts.replayed_rewards if self._group_rollouts else None
         if replayed is None:
             self._rewards_per_function = super()._calculate_rewards(*args, **kwargs)
             self._reward_calls.finish(self._rewards_per_function, self.accelerator)
@@ -250,7 +254,7 @@ class DAPOTrainer(GRPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         checkpoint = resolve(self, resume_from_checkpoint)
-        self._changes = checkpoint and announce_changes(self, checkpoint)
+        self._changes = announce_changes(self, checkpoint) if checkpoint else None
         with self._last_update.saved_on_failure():
             return super().train(checkpoint, *args, **kwargs)
 

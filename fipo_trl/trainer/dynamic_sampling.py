@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 
     def metrics(self) -> dict[str, float]:
         """What is logged under `dynamic_sampling/`."""
-        values = {
+        values: dict[str, float] = {
             "rounds": self.rounds,
             "generated": self.generated,
             "kept": len(self.groups) - self.fillers,
@@ -68,7 +68,8 @@ class PromptStream:
 
     def __init__(self, rows: int, seed: int, shuffle: bool = True):
         self.rows, self.seed, self.shuffle = rows, seed, shuffle
-        self._epoch, self._order = None, None
+        self._epoch = -1
+        self._order: list[int] = []  # of the rows in that epoch
 
     def __getitem__(self, position: int) -> int:
         epoch, place = divmod(position, self.rows)
@@ -126,7 +127,8 @@ class DynamicSampler:
         """
         mixed, self.pool = self.pool[: self.size], []
         carried_over = len(mixed)
-        others, scores = [], []
+        others: list[Group] = []
+        scores: list[Tensor] = []
         rounds = generated = all_right = all_wrong = 0
         self.mixed_seen, self.seen = MEMORY * self.mixed_seen, MEMORY * self.seen
         while len(mixed) < self.size and rounds < self.max_rounds:
@@ -176,7 +178,7 @@ class DynamicSampler:
             prompts = (missing + math.sqrt(missing * (1 - keep_rate))) / keep_rate
             prompts = max(missing, min(prompts, LARGEST_ROUND * self.size))
         else:
-            prompts = self.oversample * self.size
+            prompts = float(self.oversample) * self.size
         return math.ceil(prompts / self.multiple) * self.multiple
 
     def _explain_shortage(self, found: int, rounds: int, generated: int):

@@ -120,7 +120,7 @@ class FIPOTrainer(DAPOTrainer):
 
     # Weights become metrics
 
-    def _finish_update(self, total: InfluenceStatistics):
+    def _finish_update(self, total: InfluenceStatistics):  # type: ignore[override]  # what `_weight_advantages` gave
         super()._finish_update(total)
         self._exclude_dropped_tokens_from_mean(total)
         self._log_metrics(influence_metrics(total))

@@ -12,6 +12,7 @@ Tensors in, tensors out; nothing here knows a trainer. Shapes: B rows, P prompt 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -31,7 +32,7 @@ COMPLETION_KEYS = {  # (B, T), padded on the right; the ratio is (B, 1) if it is
 ROW_KEYS = {"advantages", "rewards"}  # (B,)
 BATCH_KEYS = {"num_items_in_batch"}  # of the whole generation, no matter the row
 
-Batch = dict[str, Tensor | None]
+Batch = dict[str, Any]  # tensors, or None
 
 logger = get_logger(__name__)
 
@@ -85,7 +86,8 @@ def regroup(micro_batches: list[Batch], per_update: int) -> list[Batch]:
             key: value if value is None or key in BATCH_KEYS else torch.cat([batch[key] for batch in update])
             for key, value in update[0].items()
         }
-        order = sum(lengths(rows["prompt_mask"], rows["completion_mask"])).argsort(descending=True, stable=True)
+        prompt_lengths, completion_lengths = lengths(rows["prompt_mask"], rows["completion_mask"])
+        order = (prompt_lengths + completion_lengths).argsort(descending=True, stable=True)
         for share in order.chunk(per_update):
             regrouped.append(
                 trim(

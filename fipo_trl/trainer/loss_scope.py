@@ -7,6 +7,7 @@ the inputs. A scope makes them known, and collects what was seen of the policy i
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ class LossScope:
     """At most one loss is computed at a time; `inputs` are `None` outside of it."""
 
     def __init__(self):
-        self.inputs: dict | None = None
+        self.inputs: Any = None  # a dict, inside of a loss
         self.statistics: list[PolicyStatistics | InfluenceStatistics] = []  # of the micro-batches of this update
 
     @contextmanager

@@ -181,7 +181,8 @@ def fingerprint(dataset: Any) -> dict[str, Any] | None:
 # What resuming changes
 
 # They say where and how often something is written, measured or loaded, not what is trained
-NOT_TRAINED = ("output_dir", "run_name", "project", "resume_from_checkpoint", "disable_tqdm", "report_to", "debug")
+NOT_TRAINED: tuple[str, ...] = ("output_dir", "run_name", "project", "resume_from_checkpoint", "disable_tqdm")
+NOT_TRAINED += ("report_to", "debug")
 NOT_TRAINED += ("save_", "log", "eval_", "do_", "hub_", "push_to_hub", "trackio", "include_", "dataloader_", "ddp_")
 NOT_TRAINED += ("per_device_eval_batch_size", "num_completions_to_print", "vllm_server_", "token_credit", "local_rank")
 LENGTHS = ("max_steps", "num_train_epochs")  # may be raised; a falling learning rate depends on them
@@ -209,7 +210,7 @@ class Changes(NamedTuple):
 
 def changes(trainer: "DAPOTrainer", checkpoint: str | Path) -> Changes:
     """Compare a run with the one that saved a checkpoint. The main process does, for all."""
-    found = [None]
+    found: list[Any] = [None]
     if trainer.accelerator.is_main_process:
         manifest = read_manifest(checkpoint)
         found = [compare(manifest, run_of(trainer)) if manifest else Changes([], "", None, [], [])]

@@ -3,7 +3,7 @@
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
@@ -81,11 +81,12 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None, 
             plain_logger.warning(f"output_dir={output_dir} holds no {whole}checkpoint: the run starts anew.")
             return None
         wanted = str(latest)
+    wanted = str(wanted)
     check_whole(wanted)
     done = TrainerState.load_from_json(os.path.join(wanted, TRAINER_STATE_NAME)).global_step
     if 0 < max_steps <= done:  # transformers would make one more update
         raise ValueError(f"{wanted} has made {done} of max_steps={max_steps} updates. Raise max_steps.")
-    return str(wanted)
+    return wanted
 
 
 def check_whole(checkpoint: str | Path, but: tuple[str, ...] = ()):
@@ -115,18 +116,19 @@ def resolve(trainer: "DAPOTrainer", resume_from_checkpoint: str | bool | None) -
     Raises:
         ValueError: if there is no such checkpoint, it is not whole, or processes see different ones.
     """
-    checkpoint = resume_from_checkpoint or None
-    if checkpoint is True:
-        checkpoint = latest_checkpoint(trainer.args.output_dir)
-        if checkpoint is None:
+    checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
+    if resume_from_checkpoint is True:
+        latest = latest_checkpoint(trainer.args.output_dir)
+        if latest is None:
             raise ValueError(f"No valid checkpoint found in output directory ({trainer.args.output_dir})")
+        checkpoint = str(latest)
     names = gather_object([checkpoint and os.path.basename(os.path.normpath(checkpoint))])
     if len(set(names)) > 1:
         raise ValueError(f"The processes would resume from different checkpoints: {', '.join(map(str, names))}.")
     if checkpoint is not None:
         ranks = range(trainer.args.world_size)
         check_whole(checkpoint, but=tuple(GENERATION_STATE_NAME.format(rank=rank) for rank in ranks))
-    return checkpoint and str(checkpoint)
+    return checkpoint
 
 
 # The generation at hand
@@ -156,7 +158,7 @@ def restore_generation(trainer: "DAPOTrainer", checkpoint: str):
     """Restore what [`save_generation`] saved, on all processes or on none, and the order of the prompts."""
     repeat_draws(trainer._train_sampler, epochs=int(trainer.state.epoch))
     path = os.path.join(checkpoint, GENERATION_STATE_NAME.format(rank=trainer.args.process_index))
-    state = torch.load(path, map_location="cpu", weights_only=True) if os.path.isfile(path) else None
+    state: Any = torch.load(path, map_location="cpu", weights_only=True) if os.path.isfile(path) else None
     # All processes must go on alike: a single one without its state would generate while the others train
     continued = all(gather_object([state is not None and state["layout"] == generation_layout(trainer.args)]))
     if continued:

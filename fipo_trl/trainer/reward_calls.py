@@ -156,7 +156,8 @@ class RewardCalls:
                 return self._failed(error, kwargs)
 
         async def checked_async(*args, **kwargs):
-            task, loop = asyncio.current_task(), asyncio.get_running_loop()
+            task: Any = asyncio.current_task()
+            loop = asyncio.get_running_loop()
             try:
                 with running(name, lambda: loop.call_soon_threadsafe(task.cancel)):
                     return check(await self._bounded_async(function, name, process, args, kwargs), name, kwargs)
@@ -186,7 +187,7 @@ class RewardCalls:
             return function(*args, **kwargs)
         try:
             arguments = for_process(args, kwargs) if process is not None else None
-            if arguments is None:
+            if process is None or arguments is None:
                 value, logged = in_thread(function, args, kwargs, self.timeout)
             else:
                 value, logged = process.call(arguments, self.timeout)
@@ -236,7 +237,8 @@ def in_thread(function: Callable, args: tuple, kwargs: dict, timeout: float) -> 
 
     Returns, and raises, what [`RewardProcess.call`] does.
     """
-    answers, logged = queue.SimpleQueue(), []
+    answers: queue.SimpleQueue = queue.SimpleQueue()
+    logged: list[tuple] = []
     recorders = {
         kind: lambda name, value, kind=kind: logged.append((kind, name, value))
         for kind in ("log_extra", "log_metric")

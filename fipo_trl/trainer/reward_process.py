@@ -49,8 +49,8 @@ class RewardProcess:
 
     def __init__(self, function: bytes, name: str):
         self.function, self.name = function, name
-        self._process: subprocess.Popen | None = None
-        self._connection: Connection | None = None
+        self._process: Any = None  # a Popen, and a Connection to it, while it runs
+        self._connection: Any = None
         self._ready = False
 
     def start(self):
@@ -144,7 +144,7 @@ def serve(connection: Connection):
         send(connection, error, None, [])
         return
     while True:
-        logged = []
+        logged: list[tuple] = []
 
         def log(kind, name, value, logged=logged):
             logged.append((kind, name, value))

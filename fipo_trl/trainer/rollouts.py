@@ -105,7 +105,8 @@ class GroupRollouts:
         """
         trainer = self.trainer
         per_call = len(rows) if trainer.use_vllm else self.sampler.size
-        rewards, rollouts = [], [{} for _ in rows]
+        rewards = []
+        rollouts: list[dict[int, dict]] = [{} for _ in rows]
         for start in range(0, len(rows), per_call):
             places = self._places(len(rows[start : start + per_call]))
             inputs = self._rows([rows[start + group] for group, _ in places])

@@ -144,8 +144,8 @@ class TokenCreditTracer:
         }
 
     def _settings(self, update: int, generation: int) -> dict:
-        names = ("future_kl_half_life", "influence_weight_min", "influence_weight_max", "delta")
-        names += ("influence_safety_ratio", "epsilon", "epsilon_high", "token_credit_every")
+        names = ["future_kl_half_life", "influence_weight_min", "influence_weight_max", "delta"]
+        names += ["influence_safety_ratio", "epsilon", "epsilon_high", "token_credit_every"]
         return {"step": update, "generation": generation} | {name: getattr(self.args, name) for name in names}
 
 

@@ -7,6 +7,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable
+from typing import Any
 
 import trl
 from accelerate.logging import get_logger
@@ -141,7 +142,7 @@ def _takes(method: Callable, arguments: str) -> bool:
     return all(value in (name, "self") for name, value in bound.items() if isinstance(value, str))
 
 
-def _faults_within(trainer_class: type) -> list[str]:
+def _faults_within(trainer_class: Any) -> list[str]:
     """What can be seen of two methods without running them; nothing, where their source is not there."""
     try:
         loss = inspect.getsource(trainer_class._compute_loss)
@@ -157,5 +158,7 @@ def _faults_within(trainer_class: type) -> list[str]:
         )
     returned = [node.value for node in ast.walk(generate) if isinstance(node, ast.Return)]
     if not all(isinstance(value, ast.Tuple) and len(value.elts) == GENERATED for value in returned):
-        faults.append(f"_generate does not return {GENERATED} values: {', '.join(map(ast.unparse, returned))}")
+        faults.append(
+            f"_generate does not return {GENERATED} values: {', '.join(ast.unparse(value) for value in returned if value)}"
+        )
     return faults
