@@ -1,6 +1,10 @@
 import os
 from pathlib import Path
 
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
 
 # One thread per process: several test processes share the cores, and OpenMP threads that wait for each other are slow
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,3 +13,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is how the tests fix the completions
 # What tests start as processes of their own may import the helpers, as pytest's `pythonpath` lets the tests do
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch):
+    """Recipes name files from the root of the repository. A test that goes elsewhere says so itself."""
+    monkeypatch.chdir(ROOT)

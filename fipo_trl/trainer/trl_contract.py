@@ -158,7 +158,6 @@ def _faults_within(trainer_class: Any) -> list[str]:
         )
     returned = [node.value for node in ast.walk(generate) if isinstance(node, ast.Return)]
     if not all(isinstance(value, ast.Tuple) and len(value.elts) == GENERATED for value in returned):
-        faults.append(
-            f"_generate does not return {GENERATED} values: {', '.join(ast.unparse(value) for value in returned if value)}"
-        )
+        values = ", ".join(ast.unparse(value) for value in returned if value)
+        faults.append(f"_generate does not return {GENERATED} values: {values}")
     return faults

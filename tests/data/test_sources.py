@@ -3,11 +3,11 @@
 import json
 import logging
 import os
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 from datasets import Dataset
 from tiny import make_model
 from transformers import AutoTokenizer
@@ -18,9 +18,6 @@ from fipo_trl.data.sources import load_problems, load_splits
 from fipo_trl.recipe.build import build, trainer_arguments
 from fipo_trl.recipe.validate import read_and_validate
 from fipo_trl.rewards.names import load_rewards
-
-
-ROOT = Path(__file__).parents[2]
 
 
 BASE = str(ROOT / "recipes" / "tiny" / "base")

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,16 +25,8 @@ from fipo_trl.recipe.build import trainer_arguments
 from fipo_trl.recipe.validate import Recipe, read_and_validate
 
 
-ROOT = Path(__file__).parents[2]
-
-
 FIPO_32B = "recipes/Qwen2.5-32B/fipo.yaml"
 ON_16_NODES = {"world_size": 128, "sharding": "fsdp2"}
-
-
-@pytest.fixture(autouse=True)
-def at_the_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
 
 
 def make_run(config, args, trainer="fipo", max_prompt_length=None, **spread) -> Plan:

@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from fipo_trl.commands.train import prepare
 from fipo_trl.recipe.read import read
 from fipo_trl.recipe.validate import read_and_validate
 
 
-ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes/tiny/fipo.yaml"
 
 

@@ -3,7 +3,6 @@
 import logging
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,13 +12,7 @@ from fipo_trl.recipe.read import OF_FIPO, read
 from fipo_trl.recipe.validate import read_and_validate, validate
 
 
-ROOT = Path(__file__).parents[2]
 RECIPE = "recipes/tiny/fipo.yaml"
-
-
-@pytest.fixture(autouse=True)
-def at_the_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
 
 
 def test_each_arm_has_its_own_configuration():

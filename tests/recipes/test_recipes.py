@@ -11,6 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
+from conftest import ROOT
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from fipo_trl.data.sources import load_splits
@@ -22,9 +23,6 @@ from fipo_trl.recipe import model_limits
 from fipo_trl.rewards.reasoning_gym import reasoning_gym_accuracy
 
 
-ROOT = Path(__file__).parents[2]
-
-
 FOLDER = ROOT / "recipes"
 RECIPES = sorted(path for path in FOLDER.glob("*/*.yaml") if path.parent.name != "accelerate")
 ACCELERATE_CONFIGS = sorted((FOLDER / "accelerate").glob("*.yaml"))
@@ -34,11 +32,6 @@ PAIRS = [path for path in PAIRS if path.name.startswith("fipo")]
 OF_THE_PAPER = [
     FOLDER / size / f"{method}.yaml" for size in ("Qwen2.5-32B", "Qwen2.5-Math-7B") for method in ("dapo", "fipo")
 ]
-
-
-@pytest.fixture(autouse=True)
-def at_the_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
 
 
 def name_of(path):
@@ -104,6 +97,7 @@ def test_recipe(path, tmp_path):
     assert args.save_steps % updates == args.warmup_steps % updates == 0
     # It can work on the GPUs that the header names
     memory = re.search(r"GPUs? of (\d+) GB", header)
+    assert bool(memory) != args.use_cpu
     if memory:
         assert gpu_memory.memory_problems(run, int(memory[1]) * GIB) == []
         assert "may not fit" not in doctor.examine(run, int(memory[1]) * GIB, "32B")

@@ -1,8 +1,8 @@
-from pathlib import Path
 from random import Random
 
 import make_tiny_base
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -16,9 +16,6 @@ from recipes.tiny.running_sums import (
     make_problem,
     worked_answer,
 )
-
-
-ROOT = Path(__file__).parents[2]
 
 
 CHAIN = "a3:3 b0:3 c4:2 "

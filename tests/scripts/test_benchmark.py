@@ -3,12 +3,8 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -22,9 +18,7 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_quick(command, columns):
-    run = subprocess.run(
-        [sys.executable, "scripts/benchmark.py", command, "--quick"], capture_output=True, text=True, cwd=ROOT
-    )
+    run = subprocess.run([sys.executable, "scripts/benchmark.py", command, "--quick"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     header, _, *rows = [line for line in run.stdout.splitlines() if line.startswith("|")]
     assert all(column in header for column in columns)

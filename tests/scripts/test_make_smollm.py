@@ -1,19 +1,16 @@
 """The model of scripts/make_smollm.py, made from the real package; skipped where that cannot be downloaded."""
 
 import json
-from pathlib import Path
 
 import make_smollm
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fipo_trl.recipe.build import build
 from fipo_trl.recipe.validate import read_and_validate
-
-
-ROOT = Path(__file__).parents[2]
 
 
 RECIPE = ROOT / "recipes/SmolLM2-135M/fipo_lora.yaml"

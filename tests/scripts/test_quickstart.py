@@ -3,20 +3,16 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from peft import AutoPeftModelForCausalLM
 from PIL import Image
 
 
-ROOT = Path(__file__).parents[2]
-
-
 @pytest.mark.parametrize(("recipe", "goal"), [("fipo", 0.85), ("fipo_lora", 0.6)])
 def test_quickstart(tmp_path, recipe, goal):
     command = [sys.executable, "scripts/quickstart.py", "--config", f"recipes/tiny/{recipe}.yaml"]
-    run = subprocess.run([*command, "--output_dir", str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    run = subprocess.run([*command, "--output_dir", str(tmp_path)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]

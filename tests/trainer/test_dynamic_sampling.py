@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pandas
@@ -34,7 +33,6 @@ from fipo_trl.trainer.dynamic_sampling import DynamicSampler, PromptStream, spre
 from fipo_trl.trainer.rollouts import make_sampler
 
 
-ROOT = Path(__file__).parents[2]
 KIND = {row: ["mixed", "right", "wrong"][(row * 7 + 3) % 11 % 3] for row in range(50)}
 REWARDS = {"mixed": [1.0, 0.0, 1.0], "right": [1.0, 1.0, 1.0], "wrong": [-1.0, -1.0, -1.0]}
 PROMPTS = list(dict.fromkeys(tiny.PROMPTS))
@@ -123,9 +121,9 @@ def test_carried_groups_are_used_first_once_and_never_two_generations_later():
     assert rows(second)[: second.carried_over] == pool[:8]
     left = [group.rollouts[0] for group in sampler.pool]
     assert not set(pool) & set(left)
-    if second.carried_over == 8:
-        assert (second.rounds, second.generated, left) == (0, 0, [])
-        assert math.isnan(second.mean_reward)
+    assert second.carried_over == 8  # the case that asks for nothing
+    assert (second.rounds, second.generated, left) == (0, 0, [])
+    assert math.isnan(second.mean_reward)
 
 
 def test_counts():
@@ -298,6 +296,7 @@ def test_log_probs_are_computed_of_kept_groups_only(tmp_path, monkeypatch):
     trainer = make(tmp_path, dynamic_sampling_oversample=4.0)
     generate(trainer)
     assert sum(passes) == 32  # 8 prompts x 4
+    assert len(trainer._logs["prompt"]) == 32
     assert set(trainer._logs["prompt"]) <= set(MIXED_PROMPTS)
 
 
@@ -311,6 +310,7 @@ def test_what_reward_functions_log_is_that_of_kept_groups(tmp_path):
     trainer = make(tmp_path, keywords=keywords, dynamic_sampling_reward=None, log_completions=True, max_steps=8)
     trainer.train()
     table = pandas.concat(map(pandas.read_parquet, sorted((tmp_path / "completions").iterdir())))
+    assert len(table) == 32
     assert set(table["prompt"]) <= set(MIXED_PROMPTS)
     assert list(table["shout"]) == [completion.upper() for completion in table["completion"]]
     assert len(logged(trainer, "seen")) == 1
@@ -402,8 +402,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, save_steps, carr
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 20
     for name in ("reward", "dynamic_sampling/generated", "dynamic_sampling/carried_over", "num_tokens"):
-        assert logged(resumed, name) == logged(uninterrupted, name)
-    assert list(resumed._logs["prompt"]) == list(uninterrupted._logs["prompt"])
+        assert logged(resumed, name) == logged(uninterrupted, name) != []
+    assert list(resumed._logs["prompt"]) == list(uninterrupted._logs["prompt"]) != []
     if carry_over:
         assert sum(logged(resumed, "dynamic_sampling/carried_over")) > 0
     expected = parameters(uninterrupted)
@@ -439,7 +439,6 @@ def test_killed_right_after_a_save(tmp_path):
     def run(name, *more):
         return subprocess.Popen(
             [*command, "--output_dir", str(tmp_path / name), *more],
-            cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

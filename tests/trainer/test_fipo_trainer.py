@@ -204,11 +204,12 @@ def test_tool_output_is_not_scored(tmp_path):
 def test_inputs_are_not_mutated(tmp_path):
     # With num_iterations=2 TRL uses each micro-batch twice: written into, the weights would compound
     trainer, inputs = moved_policy(tmp_path, num_iterations=2)
+    keys = set(inputs)
     before = {key: value.clone() for key, value in inputs.items() if isinstance(value, torch.Tensor)}
     first = trainer.compute_loss(trainer.model, inputs)
     second = trainer.compute_loss(trainer.model, inputs)
     assert first.item() == second.item()
-    assert inputs.keys() == before.keys() | {key for key in inputs if key not in before}
+    assert inputs.keys() == keys
     for key, value in before.items():
         assert torch.equal(inputs[key], value), key
 
@@ -406,7 +407,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, save_steps, prom
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 20
     for name in ("reward", "entropy", "fipo/future_kl", "completions/q75_length"):  # rows span both runs
-        assert logged(resumed, name) == logged(uninterrupted, name)
+        assert logged(resumed, name) == logged(uninterrupted, name) != []
     expected = parameters(uninterrupted)
     assert all(torch.equal(value, expected[name]) for name, value in parameters(resumed).items())
 

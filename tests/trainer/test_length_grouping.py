@@ -177,6 +177,7 @@ def test_updates_are_the_same(tmp_path, loss_type, arguments):
         finals.append((parameters(trainer), logged(trainer, "grad_norm"), logged(trainer, "fipo/future_kl")))
     (plain, plain_norms, plain_kl), (sorted_, sorted_norms, sorted_kl) = finals
     assert sorted_norms == pytest.approx(plain_norms, rel=1e-4)
+    assert len(plain_norms) == len(plain_kl) == 3
     assert sorted_kl == pytest.approx(plain_kl, rel=1e-3, abs=1e-5)
     moved, size = distance(plain, before), torch.stack([value.norm() for value in plain.values()]).norm().item()
     assert moved > 1e-3 * size

@@ -6,13 +6,13 @@ import sqlite3
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import fixed_rollouts, logged, make_args, make_trainer
 from trl import GRPOTrainer
@@ -36,7 +36,6 @@ from fipo_trl.trainer.metrics import (
 from recipes.tiny import running_sums
 
 
-ROOT = Path(__file__).parents[2]
 TINY = yaml.safe_load((ROOT / "recipes/tiny/fipo.yaml").read_text())
 TINY_PATTERNS = TINY["derivation_pattern"], TINY["self_check_pattern"]
 
@@ -355,7 +354,7 @@ def test_trackers_receive_what_is_logged(tmp_path):
         "TENSORBOARD_LOGGING_DIR": str(tmp_path / "tensorboard"),
     }
     command = [sys.executable, "-c", TRACKED, str(tmp_path / "run")]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     expected = {row["step"]: row for row in state["log_history"] if "loss" in row}

@@ -48,6 +48,8 @@ def assert_equal(one, several, processes, names):
     for mine, theirs in zip(rows, [row for row in several["log"] if "loss" in row], strict=True):
         for metric in (name for name in mine if name.startswith(names)):
             assert theirs[metric] == pytest.approx(mine[metric], rel=1e-3, abs=1e-4), metric
+    compared = set().union(*rows)
+    assert [name for name in names if not any(metric.startswith(name) for metric in compared)] == []
     return rows
 
 

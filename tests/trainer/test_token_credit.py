@@ -3,7 +3,6 @@ import math
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,6 +10,7 @@ import pytest
 import reference
 import torch
 from browser import CHROMIUM, Browser
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import (
@@ -38,9 +38,6 @@ from fipo_trl.trainer.token_credit import (
     trace_path,
     write_trace,
 )
-
-
-ROOT = Path(__file__).parents[2]
 
 
 ROLLOUTS = {"rollout_func": fixed_rollouts}
@@ -168,7 +165,9 @@ def test_rewards_are_weighted_and_follow_their_completions(tmp_path, dynamic_sam
     settings = {"reward_weights": [0.5], "dynamic_sampling": dynamic_sampling, "max_steps": 8}
     trainer = make_trainer(tmp_path, keywords=ROLLOUTS, token_credit_every=1, **settings)
     trainer.train()
-    for row in read_trace(tmp_path)[0].to_pylist():
+    rows = read_trace(tmp_path)[0].to_pylist()
+    assert len(rows) == 4
+    for row in rows:
         text = trainer.processing_class.decode(row["completion_ids"], skip_special_tokens=True)
         assert row["reward"] == pytest.approx(0.5 * longer_is_better([text])[0])
 
@@ -230,7 +229,9 @@ def test_traces_that_begin_within_a_generation_know_no_reward(tmp_path):
     stopped.train()
     resumed = make_trainer(tmp_path, max_steps=8, token_credit_every=1)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert all(map(math.isnan, read_trace(tmp_path)[0]["reward"].to_pylist()))
+    rewards = read_trace(tmp_path)[0]["reward"].to_pylist()
+    assert len(rewards) == 4
+    assert all(map(math.isnan, rewards))
     write_page(tmp_path)
 
 
@@ -248,7 +249,8 @@ def test_traces_change_nothing(tmp_path):
 @pytest.mark.parametrize("every", [None, 0])
 def test_without_traces_nothing_is_carried_along(tmp_path, every):
     trainer = make_trainer(tmp_path, keywords=ROLLOUTS, token_credit_every=every)
-    assert "rewards" not in generate(trainer)[0]
+    traced = make_trainer(tmp_path / "traced", keywords=ROLLOUTS, token_credit_every=1)
+    assert generate(traced)[0].keys() - generate(trainer)[0].keys() == {"rewards"}
     last_update(trainer)
     assert not trace_path(tmp_path, 1).parent.exists()
 
@@ -261,7 +263,7 @@ def test_only_the_first_process_writes(tmp_path):
         str(ROOT / "tests" / "trainer" / "train_on_ranks.py"),
     ]
     command += [str(tmp_path / "result"), str(tmp_path / "run"), json.dumps(settings)]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     table, _ = read_trace(tmp_path / "run", step=4)
     assert len(table) == 4  # of 8 in the update
