@@ -365,7 +365,7 @@ def test_a_folder_in_use_or_not_writable_is_refused_at_the_start(tmp_path, proce
             (tmp_path, "is in use: process 17 on another-host trains in it."),
             (tmp_path / "file" / "run", "cannot be written: Not a directory."),
         ]:
-            run = subprocess.run([*command, str(folder)], capture_output=True, text=True, cwd=ROOT, timeout=300)
+            run = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=300)
             assert run.returncode == 1, run.stderr
             assert run.stderr.count(f"error: output_dir={folder} {message}") == 1, run.stderr
             assert "Traceback" not in run.stderr.split("error: output_dir")[0]
