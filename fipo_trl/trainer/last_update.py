@@ -117,7 +117,11 @@ class LastUpdate(TrainerCallback):
     def _save(self, error: BaseException):
         trainer, args = self.trainer, self.trainer.args
         update, given_up = trainer.state.global_step, isinstance(error, GenerationGivenUp)
-        if self._saving or not self.moment or update == 0:
+        if self._saving or not self.moment:
+            return
+        if update == 0:
+            if given_up:
+                logger.error("The generation at hand is given up before the first update: there is nothing to save.")
             return
         folder = os.path.join(trainer._get_output_dir(trial=None), f"{PREFIX_CHECKPOINT_DIR}-{update}")
         what = "The generation at hand is given up" if given_up else f"Training failed ({type(error).__name__})"
