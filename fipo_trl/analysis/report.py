@@ -189,7 +189,7 @@ def draw(panels: dict[str, str], arms: dict[str, list[Run]], clock: str) -> byte
                     axis.axvline(tick, color=color, linewidth=1, linestyle=":")
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(CLOCKS[clock], fontsize=8)
-        axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, min_n_ticks=1))
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
     lines = [axes[0].plot([], [], color=COLOURS[i % len(COLOURS)])[0] for i in range(len(arms))]
