@@ -179,7 +179,8 @@ def draw(panels: dict[str, str], arms: dict[str, list[Run]], clock: str) -> byte
                 for tick, value in run.series(metric, clock).items():
                     ticks[tick].append(value)
             x, columns = sorted(ticks), [ticks[tick] for tick in sorted(ticks)]
-            axis.plot(x, [mean(column) for column in columns], color=color, linewidth=1.3)
+            marker = "." if len(x) == 1 else None  # a line of one point is not seen
+            axis.plot(x, [mean(column) for column in columns], color=color, linewidth=1.3, marker=marker)
             if len(runs) > 1:
                 band = [min(column) for column in columns], [max(column) for column in columns]
                 axis.fill_between(x, *band, color=color, alpha=0.2, linewidth=0)
@@ -189,7 +190,7 @@ def draw(panels: dict[str, str], arms: dict[str, list[Run]], clock: str) -> byte
                     axis.axvline(tick, color=color, linewidth=1, linestyle=":")
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(CLOCKS[clock], fontsize=8)
-        axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, min_n_ticks=1))
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
     lines = [axes[0].plot([], [], color=COLOURS[i % len(COLOURS)])[0] for i in range(len(arms))]
