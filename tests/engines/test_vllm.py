@@ -18,6 +18,7 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
 
 TESTS = Path(__file__).parents[1]
+pytestmark = pytest.mark.vllm
 CASES = ["full-tied", "full-untied", "lora-tied", "lora-untied"]
 AS_STARTED = "as-started-by-trl-tied"
 ON_CPU = not torch.cuda.is_available()
