@@ -43,6 +43,7 @@ def log_of(output_dir, step):
     return json.loads((output_dir / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
 
 
+@pytest.mark.slow
 def test_trains_from_a_recipe(tmp_path):
     run = launch(RECIPE, tmp_path, "--max_steps", 16, "--save_steps", 16, "--report_to", "tensorboard")
     assert f"Trained for 16 updates. The model is in {tmp_path}." in run.stdout
@@ -68,6 +69,7 @@ def test_control_arm_is_dapo(tmp_path):
     assert not any(name.startswith("fipo/") for name in logged)
 
 
+@pytest.mark.slow
 def test_collapse_stops_the_run_where_that_is_asked(tmp_path):
     run = launch(RECIPE, tmp_path, *COLLAPSE_FLAGS, check=False)
     assert "returned non-zero exit status 3." in run.stderr  # accelerate itself exits with 1
@@ -80,6 +82,7 @@ def test_collapse_stops_the_run_where_that_is_asked(tmp_path):
     assert not (tmp_path / "model.safetensors").exists()  # the checkpoint is its last word
 
 
+@pytest.mark.slow
 def test_lora_saves_an_adapter(tmp_path):
     launch("recipes/tiny/fipo_lora.yaml", tmp_path, "--max_steps", 8)
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
@@ -88,6 +91,7 @@ def test_lora_saves_an_adapter(tmp_path):
     assert all(moved)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_that_resumes_exactly(tmp_path):
     arguments = [*REWARD, "--max_steps", "24", "--save_steps", "24", "--logging_steps", "1"]
     launch(RECIPE, tmp_path / "uninterrupted", *arguments)
@@ -253,6 +257,7 @@ def test_rewards_by_name():
 GYM = ["--dataset_name", "reasoning_gym/gcd", "--reward_funcs", "reasoning_gym_reward", "reasoning_gym_accuracy"]
 
 
+@pytest.mark.slow
 def test_trains_on_a_task_of_reasoning_gym(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained("recipes/tiny/base")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"

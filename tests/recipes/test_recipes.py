@@ -97,7 +97,7 @@ def test_recipe(path, tmp_path):
     assert args.save_steps % updates == args.warmup_steps % updates == 0
     # It can work on the GPUs that the header names
     memory = re.search(r"GPUs? of (\d+) GB", header)
-    assert bool(memory) != args.use_cpu
+    assert bool(memory) != yaml.safe_load(path.read_text()).get("use_cpu", False)
     if memory:
         assert gpu_memory.memory_problems(run, int(memory[1]) * GIB) == []
         assert "may not fit" not in doctor.examine(run, int(memory[1]) * GIB, "32B")

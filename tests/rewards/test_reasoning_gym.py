@@ -67,6 +67,7 @@ def entry_of(problem):
     return dataset, dataset[fields["index"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task(task):
     """Problems, and the scores of right answers, of garbage and of none, are reasoning-gym's own."""

@@ -11,10 +11,22 @@ import pytest
     ("command", "columns"),
     [
         ("future-kl", ["ours, ms", "block sum, ms", "serial scan, ms", "one exp, ms"]),
-        ("update", ["FIPOTrainer, s", "GRPOTrainer, s", "ungrouped, s", "trimmed, s", "not padding"]),
-        ("monitoring", ["FIPOTrainer, ms", "FIPOTrainer: share", "DAPOTrainer: monitoring, ms", "DAPOTrainer: share"]),
-        ("memory", ["peak, (B, T) float32", "influence_weights, ms", "share"]),
-        ("dynamic-sampling", ["keep rate", "least possible", "auto", "3x (DAPO)", "4x (FIPO)"]),
+        pytest.param(
+            "update",
+            ["FIPOTrainer, s", "GRPOTrainer, s", "ungrouped, s", "trimmed, s", "not padding"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "monitoring",
+            ["FIPOTrainer, ms", "FIPOTrainer: share", "DAPOTrainer: monitoring, ms", "DAPOTrainer: share"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("memory", ["peak, (B, T) float32", "influence_weights, ms", "share"], marks=pytest.mark.slow),
+        pytest.param(
+            "dynamic-sampling",
+            ["keep rate", "least possible", "auto", "3x (DAPO)", "4x (FIPO)"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_quick(command, columns):

@@ -13,6 +13,7 @@ from fipo_trl.recipe.build import build
 from fipo_trl.recipe.validate import read_and_validate
 
 
+pytestmark = [pytest.mark.slow, pytest.mark.network]
 RECIPE = ROOT / "recipes/SmolLM2-135M/fipo_lora.yaml"
 
 

@@ -9,6 +9,7 @@ from peft import AutoPeftModelForCausalLM
 from PIL import Image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "goal"), [("fipo", 0.85), ("fipo_lora", 0.6)])
 def test_quickstart(tmp_path, recipe, goal):
     command = [sys.executable, "scripts/quickstart.py", "--config", f"recipes/tiny/{recipe}.yaml"]

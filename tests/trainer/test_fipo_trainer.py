@@ -391,8 +391,16 @@ class KillAt(TrainerCallback):
 @pytest.mark.parametrize("save_steps", [8, 5], ids=["between generations", "inside a generation"])
 @pytest.mark.parametrize(
     ("prompts", "settings"),
-    [(PROMPTS, {}), (PROMPTS, {"gradient_accumulation_steps": 2, "num_iterations": 2}), (PROMPTS[:8], {})],
-    ids=["plain", "accumulation and iterations", "an epoch is one generation"],
+    [
+        pytest.param(PROMPTS, {}, id="plain"),
+        pytest.param(
+            PROMPTS,
+            {"gradient_accumulation_steps": 2, "num_iterations": 2},
+            id="accumulation and iterations",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(PROMPTS[:8], {}, id="an epoch is one generation", marks=pytest.mark.slow),
+    ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, save_steps, prompts, settings):
     schedule = {"max_steps": 20, "logging_steps": 4, "save_strategy": "steps", "save_steps": save_steps}

@@ -152,8 +152,8 @@ def test_an_update_is_the_same_sum_in_float64(tmp_path):
     [
         {},
         {"gradient_accumulation_steps": 4},
-        {"gradient_accumulation_steps": 2, "num_iterations": 2, "beta": 0.1},
-        {"gradient_accumulation_steps": 2, "peft": True, "beta": 0.1},
+        pytest.param({"gradient_accumulation_steps": 2, "num_iterations": 2, "beta": 0.1}, marks=pytest.mark.slow),
+        pytest.param({"gradient_accumulation_steps": 2, "peft": True, "beta": 0.1}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -346,6 +346,7 @@ trainer.save_state()
 """
 
 
+@pytest.mark.slow
 def test_trackers_receive_what_is_logged(tmp_path):
     """Through transformers' integrations. In a process of its own, as trackio reads its folder when it is imported."""
     environment = os.environ | {

@@ -15,6 +15,7 @@ TESTS = Path(__file__).parents[1]
 CONFIG = TESTS.parent / "recipes" / "accelerate" / "two_cpu_processes.yaml"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
 LAUNCH += ["--main_process_port", "0"]  # a free port: tests run side by side
+pytestmark = pytest.mark.slow
 SETTINGS = {
     "num_iterations": 3,
     "max_steps": 6,

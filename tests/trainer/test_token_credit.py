@@ -255,6 +255,7 @@ def test_without_traces_nothing_is_carried_along(tmp_path, every):
     assert not trace_path(tmp_path, 1).parent.exists()
 
 
+@pytest.mark.slow
 def test_only_the_first_process_writes(tmp_path):
     settings = {"per_device_train_batch_size": 8, "steps_per_generation": 2, "max_steps": 4, "token_credit_every": 1}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
@@ -531,6 +532,7 @@ def test_the_policy_of_the_page_stops_scripts_and_requests(browser, tmp_path):
     assert browser.evaluate("document.querySelector('b[style]').style.color") == ""
 
 
+@pytest.mark.slow
 def test_the_paper_s_largest_completions_stay_usable(browser, tmp_path):
     generator = np.random.default_rng(0)
     words = np.array(
