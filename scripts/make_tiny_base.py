@@ -22,14 +22,17 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from fipo_trl.evaluation.exam import Exam, Sample
+from fipo_trl.evaluation.sampling import transformers_sampler
+
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the task lies beside its recipes
 from recipes.tiny.running_sums import (
     ALPHABET,
-    BEHAVIOURS,
-    behaviour,
+    KINDS,
     correct_answer,
     exact_answer,
+    kind_of_answer,
     make_problem,
     worked_answer,
 )
@@ -160,39 +163,28 @@ def encode(tokenizer, prompts: list[str], answers: list[str]) -> tuple[torch.Ten
     return input_ids, labels
 
 
-@torch.no_grad()
-def sample(model, tokenizer, prompts: list[str], samples: int) -> tuple[list[str], list[str]]:
-    """Samples at temperature 1 from the whole distribution; returns the prompts, repeated, and their completions.
-
-    A completion without its end of sequence holds one token per character.
-    """
-    prompts = [prompt for prompt in prompts for _ in range(samples)]
-    batch = tokenizer(prompts, return_tensors="pt", padding=True)
-    length = batch.input_ids.shape[1]
-    output = model.generate(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        max_length=model.config.max_position_embeddings,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-    )
-    return prompts, tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+def sample(model, tokenizer, problems: list[str], n: int) -> list[list[Sample]]:
+    """Samples n answers to each problem at temperature 1 from the whole distribution, as long as the context is."""
+    prompt_ids = tokenizer(problems)["input_ids"]
+    exam = Exam({"prompt": problems}, prompt_ids, exact_answer, tokenizer, [tokenizer.eos_token_id])
+    max_tokens = model.config.max_position_embeddings - max(map(len, prompt_ids))
+    sampler = transformers_sampler(model.eval(), exam.end_ids, temperature=1.0, top_p=1.0, max_tokens=max_tokens)
+    batches = exam.answers(sampler, n, batch_size=n * len(problems), seed=0)
+    return [samples for batch in batches for samples in batch.values()]
 
 
-def report(prompts: list[str], completions: list[str]) -> None:
-    """Prints sampled accuracy, mean length in tokens and the share of each behaviour."""
-    rewards = exact_answer(prompts, completions)
-    lengths = [len(completion) + 1 for completion in completions]  # one for the end-of-sequence token
-    rows = {"all answers": list(range(len(completions)))} | {name: [] for name in BEHAVIOURS}
-    for row, completion in enumerate(completions):
-        rows[behaviour(completion)].append(row)
+def report(samples: list[list[Sample]]) -> None:
+    """Prints sampled accuracy, mean length in tokens and the share of each kind of answer."""
+    answers = [sample for row in samples for sample in row]
+    rows = {"all answers": answers} | {name: [] for name in KINDS}
+    for sample in answers:
+        rows[kind_of_answer(sample["completion"])].append(sample)
     print(f"\n{'':16}{'share':>8}{'accuracy':>10}{'tokens':>8}")
     for name, members in rows.items():
         count = max(len(members), 1)
-        accuracy = sum(rewards[row] for row in members) / count
-        tokens = sum(lengths[row] for row in members) / count
-        print(f"{name:16}{len(members) / len(completions):8.1%}{accuracy:10.3f}{tokens:8.1f}")
+        accuracy = sum(sample["correct"] for sample in members) / count
+        tokens = sum(sample["length"] for sample in members) / count
+        print(f"{name:16}{len(members) / len(answers):8.1%}{accuracy:10.3f}{tokens:8.1f}")
 
 
 def main() -> None:
@@ -213,7 +205,7 @@ def main() -> None:
         train(model, tokenizer, rng, set(test), phase, args.max_digits)
     model.save_pretrained(args.output / "base")
     tokenizer.save_pretrained(args.output / "base")
-    report(*sample(model.eval(), tokenizer, test, samples=8))
+    report(sample(model, tokenizer, test, n=8))
 
 
 if __name__ == "__main__":

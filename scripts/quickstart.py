@@ -22,13 +22,14 @@ import transformers
 from make_tiny_base import sample  # which puts the recipes on the path
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from fipo_trl.analysis.report import Run, write_report
 from fipo_trl.commands.train import prepare, train
+from fipo_trl.evaluation.exam import metrics_of
 from fipo_trl.recipe.validate import read_and_validate
-from recipes.tiny.running_sums import BEHAVIOURS, behaviour, exact_answer
+from recipes.tiny.running_sums import KINDS, kind_of_answer
 
 
 RECIPE = "recipes/tiny/fipo.yaml"
@@ -61,13 +62,13 @@ def evaluate(model, tokenizer, problems: list[str]) -> dict:
     Returns:
         `avg@8` (share of right answers), `mean_length` (tokens, without the end of sequence), `behaviours` (shares).
     """
-    set_seed(0)
-    prompts, completions = sample(model.eval(), tokenizer, problems, SAMPLES)
-    seen = [behaviour(completion) for completion in completions]
+    samples = sample(model, tokenizer, problems, SAMPLES)
+    metrics = {name: values.mean().item() for name, values in metrics_of(samples, has_answers=False).items()}
+    seen = [kind_of_answer(each["completion"]) for row in samples for each in row]
     return {
-        f"avg@{SAMPLES}": mean(exact_answer(prompts, completions)),
-        "mean_length": mean(map(len, completions)),
-        "behaviours": {name: seen.count(name) / len(seen) for name in BEHAVIOURS},
+        f"avg@{SAMPLES}": metrics[f"avg@{SAMPLES}"],
+        "mean_length": metrics["mean_length"] - (1 - metrics["truncated"]),
+        "behaviours": {name: seen.count(name) / len(seen) for name in KINDS},
     }
 
 
@@ -90,8 +91,7 @@ def table(base: dict, trained: dict) -> str:
         ("mean length, tokens", base["mean_length"], trained["mean_length"], "{:.1f}"),
     ]
     rows += [
-        (f"answers with {name}", base["behaviours"][name], trained["behaviours"][name], "{:.1%}")
-        for name in BEHAVIOURS
+        (f"answers with {name}", base["behaviours"][name], trained["behaviours"][name], "{:.1%}") for name in KINDS
     ]
     lines = [f"{'':38}{'base':>9}{'FIPO':>9}"]
     lines += [f"{name:38}{form.format(before):>9}{form.format(after):>9}" for name, before, after, form in rows]

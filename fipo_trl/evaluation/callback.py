@@ -1,8 +1,8 @@
 """Evaluation during training, with sampling settings of its own: the paper trains at top-p 1.0 and evaluates at 0.7.
 
 TRL's evaluation (`eval_strategy`) samples as training does, runs the loss, and knows rewards only. Here the trainer's
-own generation, whichever it is, answers the problems with other settings, and `evaluation.py` counts. Training does
-not notice: it goes on bit for bit as without.
+own generation, whichever it is, answers the problems with other settings; [`Exam`] judges and averages as elsewhere.
+Training does not notice: it goes on bit for bit as without.
 """
 
 import math
@@ -16,11 +16,10 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import GenerationConfig, Trainer, TrainerCallback, set_seed
 from trl import GRPOTrainer
-from trl.data_utils import is_conversational
 
-from fipo_trl.evaluation.scoring import score
+from fipo_trl.evaluation.exam import Exam, metrics_of
 from fipo_trl.evaluation.settings import check_evaluation
-from fipo_trl.evaluation.statistics import per_problem, quartiles
+from fipo_trl.evaluation.statistics import quartiles
 
 
 class EvaluationCallback(TrainerCallback):
@@ -56,14 +55,15 @@ class EvaluationCallback(TrainerCallback):
     ):
         check_evaluation(trainer.args.eval_steps, n, temperature, top_p)
         self.trainer = trainer
-        self.accuracy = accuracy
         self.n = n
         self.sampling = {"temperature": temperature, "top_p": top_p}
-        self.problems = {}  # {name: (columns, token ids of the prompts)}
+        self.exams = {}
         for name, dataset in problems.items():
             prompt_ids = trainer._tokenize_prompts(dataset["prompt"][:])[0]
             self._check_context(name, max(map(len, prompt_ids)))
-            self.problems[name] = (dataset.to_dict(), prompt_ids)
+            self.exams[name] = Exam(
+                dataset.to_dict(), prompt_ids, accuracy, trainer.processing_class, trainer.eos_token_ids
+            )
 
     def _check_context(self, name: str, longest: int):
         """vLLM would cut completions where its context ends, and say nothing."""
@@ -89,7 +89,7 @@ class EvaluationCallback(TrainerCallback):
         if state.global_step % state.eval_steps and state.global_step < state.max_steps:
             return
         done = {name for row in state.log_history if row["step"] == state.global_step for name in row}
-        for name in self.problems:
+        for name in self.exams:
             if f"eval_{name}/avg@{self.n}" in done:
                 continue
             metrics = self.evaluate(name)
@@ -100,32 +100,22 @@ class EvaluationCallback(TrainerCallback):
 
     def evaluate(self, name: str) -> dict[str, float]:
         """Answer the problems of this name; every process must call it. Returns the metrics, the same on each."""
-        columns, prompt_ids = self.problems[name]
+        exam = self.exams[name]
         with as_in_evaluation(self.trainer, **self.sampling):
-            rows, completion_ids = self._sample(prompt_ids)
-        conversational = is_conversational({"prompt": columns["prompt"][0]})
-        completions = self.trainer.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
-        if conversational:
-            completions = [[{"role": "assistant", "content": text}] for text in completions]
-        columns = {column: [values[row] for row in rows] for column, values in columns.items()}
-        correct, answers = score(
-            self.accuracy, columns.pop("prompt"), completions, completion_ids=completion_ids, **columns
-        )
-        lengths = [len(ids) for ids in completion_ids]
-        truncated = [not ids or ids[-1] not in self.trainer.eos_token_ids for ids in completion_ids]
-        # Of all processes, in their order, without those with which the last one was filled up
-        results = gather_object(list(zip(correct, answers or [None] * len(correct), lengths, truncated, strict=True)))
-        results = list(zip(*results[: len(prompt_ids) * self.n], strict=True))
-        correct, predicted, lengths, truncated = (
-            [values[start : start + self.n] for start in range(0, len(values), self.n)] for values in results
-        )
-        metrics = per_problem(correct, None if answers is None else predicted, lengths, truncated)
+            problems, completion_ids = self._sample(exam.prompt_ids)
+        samples = exam.judge(problems, completion_ids)
+        # Of all processes, in their order, without the texts and without those with which the last one was filled up
+        samples = gather_object([{key: sample[key] for key in sample if key != "completion"} for sample in samples])
+        total = len(exam.prompt_ids) * self.n
+        samples = [samples[start : start + self.n] for start in range(0, total, self.n)]
+        metrics = metrics_of(samples, exam.has_answers)
+        lengths = [[sample["length"] for sample in row] for row in samples]
         logged = [f"avg@{self.n}", f"cons@{self.n}", f"pass@{self.n}", "mean_length", "truncated"]
         spread = zip(("length_q25", "length_median", "length_q75"), quartiles(lengths), strict=True)
         return {metric: metrics[metric].mean().item() for metric in logged if metric in metrics} | dict(spread)
 
     def _sample(self, prompt_ids: list[list[int]]) -> tuple[list[int], list[list[int]]]:
-        """This process's share of the completions, equally many on each: the rows of their prompts, and token ids."""
+        """This process's share of the completions, equally many on each: which problems they answer, and token ids."""
         trainer = self.trainer
         total = len(prompt_ids) * self.n
         share = math.ceil(total / trainer.accelerator.num_processes)

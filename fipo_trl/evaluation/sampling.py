@@ -1,162 +1,92 @@
-"""Answers of a saved model, with transformers or vLLM: those to each prompt come from a random state of their own.
+"""Answers to prompts, with transformers or vLLM. What one call answers does not depend on the calls before it."""
 
-So they do not depend on what was answered before, and an evaluation that was killed can go on.
-"""
-
-import hashlib
-import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi
-from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.utils import cached_file, find_adapter_config_file
-from trl.data_utils import is_conversational
+from transformers import GenerationConfig
+
+from fipo_trl.evaluation.saved_model import SavedModel
 
 
-# Token ids of prompts and a seed for each -> token ids of n answers to each, up to and with the token that ends them
-Sampler = Callable[[list[list[int]], list[int]], list[list[list[int]]]]
+# Token ids of prompts, and a seed for each -> token ids of an answer to each, up to and with the token that ends it
+Sampler = Callable[[list[list[int]], list[int]], list[list[int]]]
+
+AT_ONCE = 256  # answers that are sampled together, at most; vLLM runs about as many by default
+# Tokens of prompts and answers that transformers holds together, at most: of Qwen2.5-7B, in bfloat16, their keys and
+# values take 30 GB
+TOKENS_AT_ONCE = 2**19
 
 
-class SavedModel:
-    """Where a model is, and what is needed of it before its weights are loaded.
+def default_batch_size(backend: str, context: int) -> int:
+    """How many answers are sampled together.
+
+    It must follow from settings alone, not from the memory that is free: answers depend a little on those that are
+    computed beside them.
 
     Args:
-        name: Folder of a model, a checkpoint or a LoRA adapter, or the id of one on the Hugging Face Hub.
-
-    Raises:
-        ValueError: if there is no model, the Hub cannot be reached (found out at once, not after retries), or no
-            answer would ever end.
+        backend: `transformers` or `vllm`, which sees to its memory itself.
+        context: Tokens of the longest prompt and of the longest answer.
     """
-
-    def __init__(self, name: str):
-        self.base, self.adapter = found(name), None  # `base` is the whole model; `adapter` what belongs on top of it
-        if adapter_config := find_adapter_config_file(name):
-            self.adapter = name
-            self.base = found(json.loads(Path(adapter_config).read_text())["base_model_name_or_path"])
-        self.config = AutoConfig.from_pretrained(self.base)
-        own_tokenizer = self.adapter and os.path.exists(os.path.join(self.adapter, "tokenizer_config.json"))
-        self.tokenizer = AutoTokenizer.from_pretrained(self.adapter if own_tokenizer else self.base)
-        try:
-            end_ids = GenerationConfig.from_pretrained(self.base).eos_token_id
-        except OSError:  # there is none
-            end_ids = self.config.eos_token_id
-        end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
-        self.end_ids = sorted({*end_ids, self.tokenizer.eos_token_id} - {None})
-        if not self.end_ids:
-            raise ValueError(f"model: neither {self.base} nor its tokenizer has an EOS token. No answer would end.")
-
-    def version(self) -> list[str]:
-        """What changes when the model is trained on: names, sizes and times of its files, or a commit of the Hub."""
-        versions = []
-        for name, config in [(self.base, "config.json"), (self.adapter, "adapter_config.json")]:
-            if name and os.path.isdir(name):
-                files = [path for path in Path(name).iterdir() if path.suffix in (".safetensors", ".bin", ".json")]
-                seen = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-                versions.append(hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16])
-            elif name:
-                versions.append(Path(cached_file(name, config)).parent.name)
-        return versions
-
-    def encode(self, prompts: list, max_tokens: int) -> list[list[int]]:
-        """Token ids of prompts (texts or chats), as the trainer makes them.
-
-        Raises:
-            ValueError: if the model's context does not hold the longest one and `max_tokens`, or the tokenizer has no
-                template for chats.
-        """
-        if is_conversational({"prompt": prompts[0]}):
-            if self.tokenizer.chat_template is None:
-                raise ValueError(
-                    f"model: the prompts are chats, but the tokenizer of {self.base} has no chat template."
-                )
-            encoded = self.tokenizer.apply_chat_template(
-                prompts, add_generation_prompt=True, tokenize=True, return_dict=True
-            )["input_ids"]
-        else:
-            encoded = self.tokenizer(prompts)["input_ids"]
-        longest = max(map(len, encoded))
-        context = getattr(self.config, "max_position_embeddings", None)
-        if context is not None and longest + max_tokens > context:
-            fix = f"Set max_tokens to {context - longest}." if context > longest else "Take out the longest prompts."
-            raise ValueError(
-                f"max_tokens={max_tokens} and the longest prompt ({longest} tokens) need a context of "
-                f"{longest + max_tokens} tokens, but the model has {context} (max_position_embeddings). {fix}"
-            )
-        return encoded
-
-    def load(self, dtype: str) -> torch.nn.Module:
-        """The weights, with the adapter merged into them."""
-        model = AutoModelForCausalLM.from_pretrained(
-            self.base,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            device_map="auto" if torch.accelerator.is_available() else None,
-        )
-        return PeftModel.from_pretrained(model, self.adapter).merge_and_unload() if self.adapter else model
-
-
-def found(name: str) -> str:
-    """The name itself, if there is a model or an adapter."""
-    if not os.path.isdir(name):
-        try:
-            if os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0"):
-                HfApi().model_info(name, timeout=10)
-            elif find_adapter_config_file(name) is None:
-                AutoConfig.from_pretrained(name)
-        except Exception as error:
-            raise ValueError(
-                f"model: cannot load '{name}' ({error}). Give a local folder (relative to the directory you start "
-                "from; an adapter's base is looked for there, too) or the id of a model on the Hugging Face Hub. "
-                "Without a network, download it elsewhere and give the folder, or set HF_HUB_OFFLINE=1 if this "
-                "machine's cache has it."
-            ) from error
-    elif not any(os.path.exists(os.path.join(name, file)) for file in ("config.json", "adapter_config.json")):
-        checkpoints = sorted(path.name for path in Path(name).glob("checkpoint-*"))
-        wanted = f"one of its checkpoints, {', '.join(checkpoints)}" if checkpoints else "the folder of a saved model"
-        raise ValueError(f"model: {name} holds neither config.json nor adapter_config.json. Give {wanted}.")
-    return name
+    return AT_ONCE if backend == "vllm" else max(1, min(AT_ONCE, TOKENS_AT_ONCE // context))
 
 
 def transformers_sampler(
-    model: SavedModel, n: int, temperature: float, top_p: float, max_tokens: int, dtype: str = "auto"
+    policy: torch.nn.Module, end_ids: Collection[int], temperature: float, top_p: float, max_tokens: int
 ) -> Sampler:
-    """Answers one prompt at a time."""
-    policy = model.load(dtype).eval()
+    """Answers all prompts of a call in one batch, from a random state that the seed of its first prompt makes.
+
+    Args:
+        policy: A causal language model of transformers or PEFT, in evaluation mode, on its device.
+        end_ids: Tokens that end an answer, at least one.
+        max_tokens: Of an answer, at most.
+
+    The sampler raises a `ValueError` if the batch does not fit into memory.
+    """
+    end_ids = list(end_ids)
     generation = GenerationConfig(
         do_sample=True,
         temperature=temperature,
         top_p=top_p,
         top_k=0,
         max_new_tokens=max_tokens,
-        num_return_sequences=n,
-        eos_token_id=model.end_ids,
-        pad_token_id=model.end_ids[0],
+        eos_token_id=end_ids,
+        pad_token_id=end_ids[0],
     )
 
     def until_end(ids: list[int]) -> list[int]:
         """Without the padding."""
-        return next((ids[: place + 1] for place, token in enumerate(ids) if token in model.end_ids), ids)
+        return next((ids[: place + 1] for place, token in enumerate(ids) if token in end_ids), ids)
 
     @torch.no_grad()
     def sample(prompts, seeds):
-        answers = []
-        for prompt, seed in zip(prompts, seeds, strict=True):
-            torch.manual_seed(seed)
-            ids = torch.tensor([prompt], device=policy.device)
-            output = policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=generation)
-            answers.append([until_end(answer) for answer in output[:, len(prompt) :].tolist()])
-        return answers
+        longest = max(map(len, prompts))
+        ids = torch.full((len(prompts), longest), end_ids[0])
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):  # padded on the left
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        torch.manual_seed(seeds[0])
+        try:
+            output = policy.generate(
+                input_ids=ids.to(policy.device), attention_mask=mask.to(policy.device), generation_config=generation
+            )
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise ValueError(
+                f"Out of memory: {len(prompts)} answers of up to {max_tokens} tokens do not fit at once. Set a "
+                f"batch_size of less than {len(prompts)}, or let vLLM sample."
+            ) from error
+        return [until_end(answer) for answer in output[:, longest:].tolist()]
 
     return sample
 
 
 def vllm_sampler(
     model: SavedModel,
-    n: int,
     temperature: float,
     top_p: float,
     max_tokens: int,
@@ -166,7 +96,7 @@ def vllm_sampler(
     tensor_parallel_size: int = 1,
     scratch: Path,
 ) -> Sampler:
-    """Answers all prompts of a call at once.
+    """Answers all prompts of a call at once, each from a random state that its own seed makes.
 
     Args:
         context: Tokens of the longest prompt and `max_tokens`.
@@ -195,8 +125,7 @@ def vllm_sampler(
     def sample(prompts, seeds):
         settings = [
             SamplingParams(
-                n=n,
-                seed=seed,  # vLLM gives each of the n a seed of its own, counting from this one
+                seed=seed,
                 temperature=temperature,
                 top_p=top_p,
                 max_tokens=max_tokens,
@@ -207,6 +136,6 @@ def vllm_sampler(
         ]
         engine.reset_prefix_cache()  # what this process has answered before must not matter
         outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
-        return [[list(one.token_ids) for one in sorted(each.outputs, key=lambda one: one.index)] for each in outputs]
+        return [list(each.outputs[0].token_ids) for each in outputs]
 
     return sample

@@ -41,6 +41,26 @@ SETTINGS = {
     "max_grad_norm": (1.0, 1.0, 1.0, 1.0),
 }
 
+# Percent, from the paper's tables. A model is known by its (hidden_size, num_hidden_layers).
+RESULTS = {
+    (5120, 64): {
+        "model": "Qwen2.5-32B",
+        "aime24": {
+            "DAPO": {"avg@32": 50, "cons@32": 60, "pass@32": 80},
+            "FIPO": {"avg@32": 56, "cons@32": 73, "pass@32": 83},
+        },
+        "aime25": {
+            "DAPO": {"avg@32": 38, "cons@32": 47, "pass@32": 63},
+            "FIPO": {"avg@32": 43, "cons@32": 50, "pass@32": 67},
+        },
+    },
+    (3584, 28): {
+        "model": "Qwen2.5-Math-7B",
+        "aime24": {"GRPO": {"avg@32": 22}, "DAPO": {"avg@32": 36}, "FIPO": {"avg@32": 40}},
+        "aime25": {"GRPO": {"avg@32": 18}, "DAPO": {"avg@32": 18}, "FIPO": {"avg@32": 19}},
+    },
+}
+
 
 def paper_settings(size: Literal["32B", "7B"], method: Literal["DAPO", "FIPO"]) -> dict:
     """One column of `SETTINGS`, without the settings that have no value there."""

@@ -20,7 +20,7 @@ from string import ascii_lowercase
 
 MODULUS = 5
 ALPHABET = ascii_lowercase + "01234=: ?A"  # every character of a prompt or an answer
-BEHAVIOURS = ("no chain", "one chain", "a check", "several checks")  # what `behaviour` returns, shortest first
+KINDS = ("no chain", "one chain", "a check", "several checks")  # of answers, shortest first
 CARE = 1 / 3  # each walk of the teacher slips this many times as often as the walk before it
 
 _PROBLEM = re.compile(r"(?:[a-z][0-4])+=")
@@ -122,7 +122,7 @@ def count_checks(completion: str) -> int | None:
     return sum(_STEP.match(walk) is not None for walk in again)
 
 
-def behaviour(completion: str) -> str:
-    """Puts a completion in one of `BEHAVIOURS` by the number of its checks: none without a chain, 0, 1, or more."""
+def kind_of_answer(completion: str) -> str:
+    """Puts a completion in one of `KINDS` by the number of its checks: none without a chain, 0, 1, or more."""
     checks = count_checks(completion)
-    return BEHAVIOURS[0] if checks is None else BEHAVIOURS[1 + min(checks, 2)]
+    return KINDS[0] if checks is None else KINDS[1 + min(checks, 2)]

@@ -19,7 +19,7 @@ from fipo_trl.analysis.comparison import (
     updates_to,
 )
 from fipo_trl.analysis.report import Run
-from fipo_trl.commands.evaluate import write_results
+from fipo_trl.evaluation.results import write_results
 
 
 ROOT = Path(__file__).parents[2]

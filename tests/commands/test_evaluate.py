@@ -21,9 +21,11 @@ from peft import LoraConfig, get_peft_model
 from tiny import BASE, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fipo_trl.commands.evaluate import compare, evaluate, read_options, table
+from fipo_trl.commands.evaluate import beside, read_options
+from fipo_trl.commands.evaluate import run as evaluate
 from fipo_trl.data.sources import load_splits
 from fipo_trl.evaluation.statistics import per_problem
+from fipo_trl.evaluation.tables import compare, table
 from recipes.tiny.running_sums import exact_answer, predicted_answer
 
 
@@ -47,8 +49,8 @@ def problems(tmp_path_factory):
 
 
 def arguments(problems, output_dir, **settings):
-    settings = {"model": BASE, "dataset": problems, "n": 4, "max_tokens": 100, "reward": REWARD} | settings
-    pairs = (settings | {"output_dir": output_dir}).items()
+    defaults = {"model": BASE, "dataset": problems, "n": 4, "max_tokens": 100, "batch_size": 8, "reward": REWARD}
+    pairs = (defaults | settings | {"output_dir": output_dir}).items()
     return [text for name, value in pairs for text in (f"--{name}", str(value))]
 
 
@@ -127,6 +129,7 @@ def test_a_killed_evaluation_goes_on(results, problems, tmp_path):
         ({"top_p": 0.8}, r"another 'top_p': 0\.7, not 0\.8"),
         ({"seed": 1}, "another 'seed': 0, not 1"),
         ({"dtype": "bfloat16"}, "another 'dtype': auto, not bfloat16"),
+        ({"batch_size": 12}, "another 'batch_size': 8, not 12"),
     ],
 )
 def test_other_settings_are_not_mixed_in(results, problems, settings, message):
@@ -273,8 +276,9 @@ def test_the_papers_numbers_stand_beside_those_of_its_models():
 
     def lines(name="aime24", n=32, hidden_size=5120, num_hidden_layers=64):
         summary = {"settings": shared | {"n": n}, "metrics": metrics, "length_quartiles": [1.0, 2.0, 3.0]}
-        model = SimpleNamespace(config=SimpleNamespace(hidden_size=hidden_size, num_hidden_layers=num_hidden_layers))
-        return {line.split()[0]: line.split() for line in table(name, summary, model).splitlines() if line}
+        config = SimpleNamespace(hidden_size=hidden_size, num_hidden_layers=num_hidden_layers)
+        text = table(name, summary, *beside(name, summary["settings"], config))
+        return {line.split()[0]: line.split() for line in text.splitlines() if line}
 
     assert lines()["avg@32"] == ["avg@32", "50.0%", "[40.0%,", "60.0%]", "50%", "56%"]
     assert lines()["pass@32"][-2:] == ["80%", "83%"]
@@ -302,6 +306,7 @@ def test_the_papers_numbers_stand_beside_those_of_its_models():
         ),
         ({"max_tokens": 300}, r"max_tokens=300 and the longest prompt \(13 tokens\).*Set max_tokens to 243"),
         ({"max_tokens": 0}, "--max_tokens=0 must be at least 1"),
+        ({"batch_size": 0}, "--batch_size=0 must be at least 1"),
         ({"n": 0}, "--n=0 must be at least 1"),
         ({"n": "many"}, "argument --n: invalid int value: 'many'"),
         ({"top_p": 1.5}, r"--top_p=1\.5 must be greater than 0 and at most 1"),

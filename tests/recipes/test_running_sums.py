@@ -9,10 +9,10 @@ from transformers import AutoTokenizer
 
 from recipes.tiny.running_sums import (
     ALPHABET,
-    behaviour,
     correct_answer,
     count_checks,
     exact_answer,
+    kind_of_answer,
     make_problem,
     worked_answer,
 )
@@ -34,9 +34,9 @@ CHAIN = "a3:3 b0:3 c4:2 "
         (CHAIN + "?" * 50 + CHAIN, 1, "a check"),
     ],
 )
-def test_behaviour(completion, checks, name):
+def test_kind_of_answer(completion, checks, name):
     assert count_checks(completion) == checks
-    assert behaviour(completion) == name
+    assert kind_of_answer(completion) == name
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_reward(completion, reward):
 @given(completion=st.text())
 def test_reward_and_behaviour_take_any_text(completion):
     assert exact_answer(["a3b0c4="], [completion]) in ([0.0], [1.0])
-    behaviour(completion)
+    kind_of_answer(completion)
 
 
 @given(seed=st.integers(), max_walks=st.integers(0, 5))
