@@ -49,7 +49,7 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.error = refuse
+    parser.error = refuse  # type: ignore[method-assign]  # without the usage
     parser.add_argument("--model", help="folder of a model, checkpoint or LoRA adapter, or a Hub id")
     parser.add_argument(
         "--dataset",
@@ -105,7 +105,7 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
         if (value := getattr(options, name)) is not None and value < 1:
             refuse(f"--{name}={value} must be at least 1.")
     if options.backend == "vllm" and importlib.util.find_spec("vllm") is None:
-        refuse('--backend=vllm, but vLLM is not installed. pip install "fipo-trl[vllm]", or use transformers.')
+        refuse('--backend=vllm, but vLLM is not installed. pip install ".[vllm]" in a clone, or use transformers.')
     if options.backend != "vllm" and options.tensor_parallel_size != 1:
         refuse(f"--tensor_parallel_size={options.tensor_parallel_size} is for --backend vllm. Remove it.")
     return options

@@ -177,7 +177,7 @@ def config_class_of(task: str, setting: str = "dataset_name") -> type:
     if importlib.util.find_spec("reasoning_gym") is None:
         raise ValueError(
             f"{setting}: '{PREFIX}{task}' needs reasoning-gym, which is not installed. "
-            'pip install "fipo-trl[reasoning-gym]"'
+            'pip install ".[reasoning-gym]" in a clone, or pip install reasoning-gym.'
         )
     from reasoning_gym.factory import DATASETS  # a second to import
 

@@ -107,9 +107,9 @@ class EvaluationCallback(TrainerCallback):
         # Of all processes, in their order, without the texts and without those with which the last one was filled up
         samples = gather_object([{key: sample[key] for key in sample if key != "completion"} for sample in samples])
         total = len(exam.prompt_ids) * self.n
-        samples = [samples[start : start + self.n] for start in range(0, total, self.n)]
-        metrics = metrics_of(samples, exam.has_answers)
-        lengths = [[sample["length"] for sample in row] for row in samples]
+        of_problems = [samples[start : start + self.n] for start in range(0, total, self.n)]
+        metrics = metrics_of(of_problems, exam.has_answers)
+        lengths = [[sample["length"] for sample in row] for row in of_problems]
         logged = [f"avg@{self.n}", f"cons@{self.n}", f"pass@{self.n}", "mean_length", "truncated"]
         spread = zip(("length_q25", "length_median", "length_q75"), quartiles(lengths), strict=True)
         return {metric: metrics[metric].mean().item() for metric in logged if metric in metrics} | dict(spread)

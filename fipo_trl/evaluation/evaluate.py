@@ -82,8 +82,8 @@ def evaluate(
                         append(file, samples)
                         done |= samples
                         bar.update(len(samples))
-            samples = [done[problem] for problem in range(total)]
-            yield name, write_results(output_dir / name, written, problems[name], samples)
+            answers = [done[problem] for problem in range(total)]
+            yield name, write_results(output_dir / name, written, problems[name], answers)
 
 
 def longest_of(exam: Exam, settings: EvaluationSettings) -> int:
@@ -106,5 +106,11 @@ def load_sampler(model: SavedModel, settings: EvaluationSettings, context: int, 
     sampling = (settings.temperature, settings.top_p, settings.max_tokens)
     if settings.backend == "transformers":
         return transformers_sampler(model.load(settings.dtype).eval(), model.end_ids, *sampling)
-    engine = {"tensor_parallel_size": settings.tensor_parallel_size, "scratch": scratch}
-    return vllm_sampler(model, *sampling, settings.dtype, context=context, **engine)
+    return vllm_sampler(
+        model,
+        *sampling,
+        settings.dtype,
+        context=context,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        scratch=scratch,
+    )

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -34,7 +35,7 @@ def default_batch_size(backend: str, context: int) -> int:
 
 
 def transformers_sampler(
-    policy: torch.nn.Module, end_ids: Collection[int], temperature: float, top_p: float, max_tokens: int
+    policy: Any, end_ids: Collection[int], temperature: float, top_p: float, max_tokens: int
 ) -> Sampler:
     """Answers all prompts of a call in one batch, from a random state that the seed of its first prompt makes.
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
@@ -80,7 +81,7 @@ class SavedModel:
             )
         return encoded
 
-    def load(self, dtype: str) -> torch.nn.Module:
+    def load(self, dtype: str) -> Any:
         """The weights, with the adapter merged into them."""
         model = AutoModelForCausalLM.from_pretrained(
             self.base,

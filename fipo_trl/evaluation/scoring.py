@@ -9,7 +9,7 @@ def answers_beside(accuracy: Callable) -> Callable[..., Hashable] | None:
 
     So `fipo_trl.rewards.dapo_accuracy` comes with `fipo_trl.rewards.predicted_answer`. `None` where there is none.
     """
-    return getattr(sys.modules.get(getattr(accuracy, "__module__", None)), "predicted_answer", None)
+    return getattr(sys.modules.get(getattr(accuracy, "__module__", "")), "predicted_answer", None)
 
 
 def score(accuracy: Callable, prompts: list, completions: list, **columns) -> tuple[list[bool], list | None]:

@@ -42,7 +42,7 @@ SETTINGS = {
 }
 
 # Percent, from the paper's tables. A model is known by its (hidden_size, num_hidden_layers).
-RESULTS = {
+RESULTS: dict[tuple, dict] = {
     (5120, 64): {
         "model": "Qwen2.5-32B",
         "aime24": {
