@@ -42,8 +42,8 @@ def launch(folder, *arguments, processes=1):
 def assert_resumes(folder, reward, output_dir, processes=1):
     """To the weights, and to the metrics, of a run that nothing ended.
 
-    Of two processes the checkpoint is that of such a run, to the byte: transformers cannot load an optimizer on several
-    processes without a GPU.
+    Of two processes the checkpoint is that of such a run, to the byte: transformers cannot load an optimizer on
+    several processes without a GPU.
     """
     if processes > 1:
         whole = launch(folder, folder / "whole", reward, "--save_steps", "8", processes=processes)
