@@ -20,7 +20,7 @@ from fipo_trl import DAPOTrainer
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "recipes/tiny/fipo.yaml"
-# 4 updates a generation: the failures come in update 9 of 16
+# 8 updates a generation: the failures come in update 9 of 16
 SETTINGS = ["--max_steps", "16", "--save_steps", "500", "--logging_steps", "1"]
 
 
@@ -42,8 +42,8 @@ def launch(folder, *arguments, processes=1):
 def assert_resumes(folder, reward, output_dir, processes=1):
     """To the weights, and to the metrics, of a run that nothing ended.
 
-    Of two processes the checkpoint is that of such a run, to the byte: transformers cannot load an optimizer on several
-    processes without a GPU.
+    Of two processes the checkpoint is that of such a run, to the byte: transformers cannot load an optimizer on
+    several processes without a GPU.
     """
     if processes > 1:
         whole = launch(folder, folder / "whole", reward, "--save_steps", "8", processes=processes)
