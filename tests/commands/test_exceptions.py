@@ -20,7 +20,7 @@ from fipo_trl import DAPOTrainer
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "recipes/tiny/fipo.yaml"
-# 4 updates a generation: the failures come in update 9 of 16
+# 8 updates a generation: the failures come in update 9 of 16
 SETTINGS = ["--max_steps", "16", "--save_steps", "500", "--logging_steps", "1"]
 
 
