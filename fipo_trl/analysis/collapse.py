@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 logger = get_logger(__name__)
 
-# The alarm. Each bound was held against healthy and collapsing runs of the tiny task: recipes/README.md
+# The alarm. Each bound was held against healthy and collapsing runs of the tiny task: recipes/tiny/README.md
 DUAL_CLIP_SPIKE = 1e-4  # of the tokens: ratios above c are rare accidents while the clip range (1.28) holds the policy
 USUAL_DUAL_CLIPS = 10.0  # ... and so many times the median of the rows before, where such accidents are usual
 POLICY_KL_SPIKE = 0.05  # nats per token; PPO implementations that stop early on this estimate do so at 0.01 to 0.05

@@ -11,6 +11,7 @@ import datasets
 import transformers
 from transformers import PretrainedConfig
 
+from fipo_trl.commands.status import INTERRUPTED
 from fipo_trl.data.reasoning_gym import is_task
 from fipo_trl.data.sources import AIME
 from fipo_trl.evaluation.evaluate import EvaluationSettings, evaluate, versions_of
@@ -151,4 +152,5 @@ def main(arguments: list[str]):
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nStopped. The same command goes on from here.")
+        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -1,7 +1,7 @@
 """The rewards of reasoning-gym: the score that a task's own scorer gives to what stands in the last answer tags.
 
-The scorers are reasoning-gym's, with what they have of partial credit and of holes (recipes/README.md lists those that
-were found). They run in a process of their own: `fipo_trl/reasoning_gym_process.py` says why.
+The scorers are reasoning-gym's, with what they have of partial credit and of holes (recipes/reasoning-gym/README.md
+lists those that were found). They run in a process of their own: `reasoning_gym_process.py` says why.
 """
 
 import json

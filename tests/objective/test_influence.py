@@ -13,7 +13,7 @@ from fipo_trl import influence_weights
 from fipo_trl.objective.influence import InfluenceStatistics
 
 
-# Computed in float64 with the official loss (verl fork), see tests/data/README.md
+# Computed in float64 with the official loss (verl fork), see tests/golden/README.md
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "official_loss.npz")
 CASES = json.loads(bytes(GOLDEN["meta"]))
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
