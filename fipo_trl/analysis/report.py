@@ -225,8 +225,8 @@ def write_report(arms: dict[str, list[Run]], output_dir: Path) -> list[str]:
         (output_dir / f"{name}.png").write_bytes(image)
         sections.append(
             f"<h2>{html.escape(figure.title)}</h2>\n<p>{html.escape(figure.meaning)}</p>\n"
-            f'<img alt="{html.escape(", ".join(panels.values()))}" width="{248 * len(panels)}" '
-            f'src="data:image/png;base64,{base64.b64encode(image).decode()}">'
+            f'<div class="figure"><img alt="{html.escape(", ".join(panels.values()))}" width="{248 * len(panels)}" '
+            f'src="data:image/png;base64,{base64.b64encode(image).decode()}"></div>'
         )
     missing = list(dict.fromkeys(missing))
     (output_dir / "report.html").write_text(page(arms, sections, missing), encoding="utf-8")
@@ -254,15 +254,15 @@ def page(arms: dict[str, list[Run]], sections: list[str], missing: list[str]) ->
 <title>Run report: {html.escape(", ".join(arms))}</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1240px; margin: 2em auto; padding: 0 1em; color: #222 }}
-img {{ max-width: 100% }}
+.figure, .runs {{ overflow-x: auto }} /* panels keep their size on a narrow page, and are scrolled */
 table {{ border-collapse: collapse; font-size: 13px }}
 th, td {{ text-align: left; padding: 3px 12px; border-bottom: 1px solid #ddd; vertical-align: top }}
 </style>
 <h1>Run report</h1>
 <p>Lines are means over the runs of an arm, bands their range. "At the end" is the mean over the last tenth.</p>
-<table>
+<div class="runs"><table>
 {table}
-</table>
+</table></div>
 {figures}
 <h2>Left out</h2>
 <ul>

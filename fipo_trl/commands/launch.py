@@ -67,8 +67,11 @@ def run(command: list[str]) -> int:
         def pass_on(number, frame):
             nonlocal signalled
             signalled = True
-            for worker in workers(process.pid):
+            there = workers(process.pid)
+            for worker in there:
                 worker.send_signal(number)
+            if not there:  # none has been started yet
+                process.terminate()
 
         handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

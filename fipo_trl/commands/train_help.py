@@ -14,7 +14,7 @@ flags win. An unknown one is an error. Ctrl-C (or a job scheduler's SIGTERM) sav
 `--resume_from_checkpoint latest` goes on from it.
 
 exit status: 0 when training ran to its end, 130 after a signal, 3 after a collapse with on_collapse: stop (both leave
-a checkpoint), 1 for what is refused or fails.
+a checkpoint of the updates made), 1 for what is refused or fails.
 """
 EPILOG = "--config RECIPE.yaml reads the settings below from a file."
 

@@ -147,3 +147,14 @@ def test_two_processes_stop_when_the_command_alone_is_terminated_and_go_on(tmp_p
     assert ended.returncode == 0, ended.stdout
     assert ended.stdout.count("Trained for 24 updates") == 1
     assert "Traceback" not in ended.stdout
+
+
+def test_a_training_whose_launcher_is_gone_stops_with_a_checkpoint(tmp_path):
+    """`accelerate launch` does not pass on a signal that it alone gets: the training would go on for good."""
+    settings = ["--config", "recipes/tiny/fipo.yaml", *REWARD, "--max_steps", "320", "--output_dir"]
+    command = [*ACCELERATE, "--cpu", SCRIPT[1], *settings, str(tmp_path / "out")]
+    with HeldRun(command, tmp_path / "held", generation=2) as held:
+        held.process.kill()
+        assert held.let_go() == -signal.SIGKILL  # when the training has ended, too
+    assert "The launcher is gone. Stopping, and saving a checkpoint" in held.log.read_text()
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-9"]
