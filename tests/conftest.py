@@ -1,3 +1,4 @@
+import logging
 import os
 from pathlib import Path
 
@@ -19,3 +20,14 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).pare
 def in_root(monkeypatch):
     """Recipes name files from the root of the repository. A test that goes elsewhere says so itself."""
     monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_imported():
+    """Commands set the level of the package's logger, and some libraries disable loggers, for all of their process."""
+    yield
+    logging.disable(logging.NOTSET)
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.split(".")[0] == "fipo_trl" and isinstance(logger, logging.Logger):
+            logger.disabled, logger.propagate = False, True
+            logger.setLevel(logging.NOTSET)

@@ -25,7 +25,7 @@ ARROWS = {
     "evaluation": {"data", "rewards", "trainer"},
     "recipe": {"data", "rewards", "trainer", "evaluation"},
     "planning": {"data", "rewards", "trainer", "recipe"},
-    "analysis": {"objective", "trainer", "evaluation"},
+    "analysis": {"objective", "trainer", "evaluation", "recipe"},
     "commands": {"data", "rewards", "objective", "trainer", "evaluation", "recipe", "planning", "analysis", "root"},
     "root": {"objective", "trainer", "commands"},  # __init__.py and __main__.py
 }

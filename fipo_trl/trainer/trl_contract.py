@@ -32,6 +32,11 @@ OVERRIDDEN = {
     "_get_train_sampler": "dataset",
     "_save_optimizer_and_scheduler": "output_dir",
     "_load_optimizer_and_scheduler": "checkpoint",
+    "_maybe_log_save_evaluate": "...",
+    "_save_checkpoint": "model, trial",
+    "_save_rng_state": "output_dir",
+    "create_model_card": "...",
+    "train": "...",
 }
 # Methods that are called: the arguments that are passed, in order; with a "=", by name
 CALLED = {
@@ -42,6 +47,8 @@ CALLED = {
     "_tokenize_prompts": "prompts",
     "_generate_single_turn": "prompt_ids, images, multimodal_fields, num_generations=",
     "_remove_unused_columns": "dataset",
+    "_get_output_dir": "trial",
+    "_save_checkpoint": "model, trial",
 }
 GENERATED = 8  # values that `_generate` returns
 # Attributes of every trainer
@@ -49,15 +56,17 @@ ATTRIBUTES = (
     "_buffered_inputs",
     "_entropy_bonus_enabled",
     "_is_vlm",
+    "_last_world_entropy",
     "_logs",
     "_metrics",
     "_pending_extra_logs",
     "_step",
     "_tokenizer",
     "aux_loss_enabled",
+    "beta",
+    "entropy_coef",
     "environment_factories",
     "eos_token_ids",
-    "generation_kwargs",
     "loss_type",
     "max_completion_length",
     "num_generations",
@@ -72,7 +81,7 @@ ATTRIBUTES = (
     "use_vllm",
 )
 WITH_VLLM = ("_last_loaded_step", "vllm_generation", "vllm_mode")
-WITHOUT_VLLM = ("generation_config",)
+WITHOUT_VLLM = ("generation_config", "generation_kwargs")
 
 
 def check_contract(trainer_class: type = GRPOTrainer):

@@ -274,7 +274,7 @@ def test_trains_on_a_task_of_reasoning_gym(tmp_path):
     splits = load_splits("reasoning_gym/gcd", task_settings=settings)
     assert trainer.train_dataset.to_list() == splits["train"].to_list()
     (callback,) = [each for each in trainer.callback_handler.callbacks if isinstance(each, EvaluationCallback)]
-    assert callback.problems["gcd"][0]["problem"] == splits["test"]["problem"][:]
+    assert callback.exams["gcd"].columns["problem"] == splits["test"]["problem"][:]
     trainer.train()
     rows = trainer.state.log_history
     assert {"rewards/reasoning_gym_reward/mean", "rewards/reasoning_gym_accuracy/mean"} <= set().union(*rows)

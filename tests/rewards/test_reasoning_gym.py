@@ -5,8 +5,10 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -100,10 +102,13 @@ def own_score(dataset, entry, answer):
 
 
 def run_beside(code, *arguments, **environment):
-    """Output of a Python process that imports fipo_trl/reasoning_gym_process.py, and not torch."""
-    environment = os.environ | {"PYTHONPATH": str(Path(reasoning_gym_process.__file__).parent)} | environment
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    """Output of a Python process that imports reasoning_gym_process.py, and not torch. In a folder of its own: beside
+    it there is a module with the name of reasoning-gym's."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(reasoning_gym_process.__file__, folder)
+        environment = os.environ | {"PYTHONPATH": folder} | environment
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def test_problems_are_the_same_in_every_process():
@@ -222,7 +227,9 @@ def test_settings_that_are_refused(name, settings, message):
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r'dataset_name: .*not installed. pip install "fipo-trl\[reasoning-gym\]"'):
+    with pytest.raises(
+        ValueError, match=r'dataset_name: .*not installed. pip install "\.\[reasoning-gym\]" in a clone'
+    ):
         load_splits("reasoning_gym/gcd")
 
 
