@@ -57,7 +57,7 @@ class MoveTheWeights(TrainerCallback):
         generation, step = divmod(state.global_step, args.updates_per_generation)
         if step != 0:
             return
-        generator = torch.Generator().manual_seed(generation)
+        generator = torch.Generator().manual_seed(int(generation))
         weights = dict(model.named_parameters())
         for name, first in self.first.items():
             if first.dim() == 2:  # norms and biases stay
