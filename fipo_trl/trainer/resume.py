@@ -24,6 +24,11 @@ plain_logger = logging.getLogger(__name__)  # before there is anything that acce
 
 GENERATION_STATE_NAME = "generation_state_{rank}.pt"
 
+# On several CPU processes transformers loads the optimizer to a device `cpu:0`, a place that torch does not know
+torch.serialization.register_package(
+    9, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
+
 
 # Checkpoints
 
