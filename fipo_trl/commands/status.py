@@ -5,10 +5,9 @@ import sys
 from typing import NoReturn
 
 
-INTERRUPTED, COLLAPSED = (
-    130,
-    3,
-)  # exit status of a run that saved a checkpoint and stopped: by a signal, or by the alarm
+# Exit statuses of a run that saved a checkpoint and stopped
+INTERRUPTED = 130  # by a signal
+COLLAPSED = 3  # by the collapse alarm
 STATUS_FILE = "FIPO_TRL_STATUS_FILE"  # of the environment: where a launcher wants the exit status to be written
 
 

@@ -13,9 +13,9 @@ from trl import ModelConfig, get_peft_config
 
 from fipo_trl.data.reasoning_gym import check_task, is_task
 from fipo_trl.recipe.arguments import RunArguments
+from fipo_trl.recipe.build import rewards_of
 from fipo_trl.recipe.model_limits import find_config, public_config
 from fipo_trl.recipe.validate import Recipe, read_and_validate
-from fipo_trl.rewards.names import load_rewards
 from fipo_trl.trainer.dapo_config import DAPOConfig
 
 
@@ -162,13 +162,7 @@ def make_plan(arguments: list[str], world_size: int, **spread) -> Plan:
     run, training, model = recipe.run, recipe.training, recipe.model
     if model.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set: give a local folder or the id of a model on the Hub.")
-    load_rewards(
-        run.reward_funcs,
-        training.max_completion_length,
-        run.overlong_buffer,
-        run.reward_model_name_or_path,
-        recipe.folder,
-    )
+    rewards_of(recipe)
     if is_task(run.dataset_name or ""):
         check_task(run.dataset_name, run.task_settings.get(run.dataset_name))
     config = public_config(model.model_name_or_path) or find_config(model, training.trust_remote_code)

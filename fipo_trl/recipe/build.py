@@ -50,16 +50,10 @@ def build(recipe: Recipe) -> "DAPOTrainer":
 
 def trainer_arguments(recipe: Recipe) -> dict[str, Any]:
     """Keyword arguments of the trainer. Errors are those of [`build`]."""
-    run, training, model = recipe.run, recipe.training, recipe.model
+    training, model = recipe.training, recipe.model
     if model.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set: give a local folder or the id of a model on the Hub.")
-    reward_funcs = load_rewards(
-        run.reward_funcs,
-        training.max_completion_length,
-        run.overlong_buffer,
-        run.reward_model_name_or_path,
-        recipe.folder,
-    )
+    reward_funcs = rewards_of(recipe)
     decides, names = training.dynamic_sampling_reward, [name_of(function) for function in reward_funcs]
     if decides is not None and decides not in names:
         raise ValueError(
@@ -84,6 +78,18 @@ def trainer_arguments(recipe: Recipe) -> dict[str, Any]:
         "quantization_config": get_quantization_config(model),
         "peft_config": get_peft_config(model),
     }
+
+
+def rewards_of(recipe: Recipe) -> list[Callable | str]:
+    """The reward functions of a recipe. Errors are those of [`load_rewards`]."""
+    run = recipe.run
+    return load_rewards(
+        run.reward_funcs,
+        recipe.training.max_completion_length,
+        run.overlong_buffer,
+        run.reward_model_name_or_path,
+        recipe.folder,
+    )
 
 
 def load_data(recipe: Recipe, reward_funcs: Sequence[Callable | str]) -> tuple[Dataset, Dataset | None]:
