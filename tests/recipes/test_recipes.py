@@ -263,6 +263,15 @@ def table_rows():
     return {name: [cell.strip() for cell in rest.strip("| ").split("|")] for name, rest in rows}
 
 
+FIRST_TABLE = [
+    [*(cell.strip() for cell in cells.split("|")), name]
+    for cells, name in re.findall(
+        r"(?m)^\| (.*) \| \[(.*\.yaml)\]\(recipes/\2\) \|$", (ROOT / "README.md").read_text()
+    )
+    if " GB " in cells
+]
+
+
 def test_every_recipe_is_in_the_table():
     assert {name_of(path) for path in RECIPES} <= table_rows().keys()
 
@@ -293,6 +302,19 @@ def test_arithmetic_of_the_table(path, tmp_path):
         assert int(nodes) * 8 == run.world_size
     else:
         assert accelerate_config_of(command) == accelerate_config_of(header)
+
+
+@pytest.mark.parametrize("row", FIRST_TABLE, ids=lambda row: row[-1])
+def test_table_of_the_first_page(row, tmp_path):
+    """Memory is that of the index. Hours are the doctor's for 4,000 tokens, where it knows the GPU."""
+    *_, hardware, memory, hours, name = row
+    path = FOLDER / name
+    _, in_index, _, memory_in_index, *_ = table_rows()[name]
+    assert (hardware, memory) == (in_index, memory_in_index)
+    if hours != "-":
+        run = examine_recipe(path, model_flags(path, tmp_path))
+        text = doctor.examine(run, 80 * GIB, "32B", mean_length=4000)
+        assert round(float(re.search(r"([\d.]+) hours for the run", text)[1])) == int(hours)
 
 
 # How runs are spread
