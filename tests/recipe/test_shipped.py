@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from fipo_trl.commands import recipes as command
 from fipo_trl.recipe.read import read
 from fipo_trl.recipe.shipped import copy, files_of, folder, recipes
 
 
-ROOT = Path(__file__).parents[2]
 NAMES = sorted(
     path.relative_to(ROOT / "recipes").with_suffix("").as_posix()
     for path in ROOT.glob("recipes/*/*.yaml")
