@@ -1,4 +1,3 @@
-import functools
 import json
 import signal
 import subprocess
@@ -8,7 +7,6 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
-import train_on_ranks
 from held import REWARD, HeldRun
 from tiny import distance, make_model
 
@@ -25,66 +23,22 @@ SETTINGS = {
     "learning_rate": 0.2,
     "influence_weight_min": 0.8,  # at 1.0 rounding would decide whether a weight of 1 is at the bound
 }
-WHOLE = SETTINGS | {"per_device_train_batch_size": 16, "steps_per_generation": 1}
-EQUAL = {
-    "plain": WHOLE,
-    "accumulation": WHOLE | {"steps_per_generation": 2, "gradient_accumulation_steps": 2, "loss_type": "grpo"},
-    # Ratios far from 1, so that sequences are dropped on one rank and the denominator changes on both
-    "drops": WHOLE
-    | {"max_steps": 3, "learning_rate": 0.5, "influence_weight_min": 0.5}
-    | {"delta": 1.5, "influence_safety_ratio": 1.1},
-}
-SAMPLED = SETTINGS | {
-    "steps_per_generation": 1,
-    "num_iterations": 2,
-    "dynamic_sampling": True,
-    "log_completions": True,
-}
-DYNAMIC = {  # and on how many processes
-    "six completions each, in groups of 4": (
-        2,
-        SAMPLED | {"per_device_train_batch_size": 12, "num_generations": 4, "dynamic_sampling_carry_over": False},
-    ),
-    "eight each, in groups of 6": (
-        3,
-        SAMPLED | {"per_device_train_batch_size": 24, "num_generations": 6, "dynamic_sampling_carry_over": True},
-    ),
-}
 
 LOGGED = ("fipo/", "policy/", "completions/", "behaviour/", "rollout_iteration", "optimizer_update", "grad_norm")
 
 
-@pytest.fixture(scope="module")
-def train(tmp_path_factory):
-    """A name and the number of processes -> the folder of that run, and what came out of it.
-
-    One process is this one. Several are started once, for all that is to be trained on so many.
-    """
-    folder = tmp_path_factory.mktemp("runs")
-
-    def settings_of(processes):
-        both = {name: settings for name, (count, settings) in DYNAMIC.items() if processes in (1, count)}
-        return both | (EQUAL if processes in (1, 2) else {})
-
-    @functools.cache
-    def launch(processes):
-        runs = {str(folder / f"{name}_on_{processes}"): each for name, each in settings_of(processes).items()}
-        for run in runs:
-            Path(run).mkdir()
-        command = [*LAUNCH, "--num_processes", str(processes), train_on_ranks.__file__, json.dumps(runs)]
-        ended = subprocess.run(command, capture_output=True, text=True)
-        assert ended.returncode == 0, ended.stderr
-
-    def run(name, processes):
-        place = folder / f"{name}_on_{processes}"
-        if processes > 1:
-            launch(processes)
-        else:
-            place.mkdir()
-            train_on_ranks.train(place, settings_of(1)[name])
-        return place / "run", torch.load(place / "result", weights_only=True)
-
-    return run
+def train(folder, processes, settings):
+    launcher = [*LAUNCH, "--num_processes", str(processes)] if processes > 1 else [sys.executable]
+    result = folder / f"on_{processes}"
+    command = [
+        *launcher,
+        str(TESTS / "trainer" / "train_on_ranks.py"),
+        str(result),
+        str(folder / f"run_on_{processes}"),
+    ]
+    run = subprocess.run([*command, json.dumps(settings)], capture_output=True, text=True, cwd=TESTS.parent)
+    assert run.returncode == 0, run.stderr
+    return torch.load(result, weights_only=True)
 
 
 def assert_equal(one, several, processes, names):
@@ -100,24 +54,54 @@ def assert_equal(one, several, processes, names):
     return rows
 
 
-@pytest.mark.parametrize("name", EQUAL)
-def test_two_processes_equal_one(train, name):
-    (_, one), (_, two) = (train(name, processes) for processes in (1, 2))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "loss_type": "grpo"},
+        # Ratios far from 1, so that sequences are dropped on one rank and the denominator changes on both
+        {
+            "max_steps": 3,
+            "learning_rate": 0.5,
+            "influence_weight_min": 0.5,
+            "delta": 1.5,
+            "influence_safety_ratio": 1.1,
+        },
+    ],
+    ids=["plain", "accumulation", "drops"],
+)
+def test_two_processes_equal_one(tmp_path, settings):
+    steps = settings.get("gradient_accumulation_steps", 1)
+    settings = SETTINGS | {"per_device_train_batch_size": 16, "steps_per_generation": steps} | settings
+    one, two = (train(tmp_path, processes, settings) for processes in (1, 2))
     rows = assert_equal(one, two, 2, names=(*LOGGED, "engine_mismatch/"))
-    assert len(rows) == EQUAL[name]["max_steps"]
+    assert len(rows) == settings["max_steps"]
     assert sum(row["fipo/active_fraction"] for row in rows) > 0
     assert sum(row.get("engine_mismatch/nan_tokens", 0) for row in rows) > 0
-    if name == "drops":
+    if settings.get("delta") == 1.5:
         assert sum(row["fipo/dropped_sequence_fraction"] for row in rows) > 0
 
 
-@pytest.mark.parametrize("name", DYNAMIC)
-def test_dynamic_sampling_keeps_the_same_groups_on_several_processes(train, name):
-    processes = DYNAMIC[name][0]
-    (folder, one), (other, several) = (train(name, count) for count in (1, processes))
-    rows = assert_equal(one, several, processes, ("dynamic_sampling/", "completions/", "policy/", "behaviour/"))
+@pytest.mark.parametrize(
+    ("processes", "completions", "generations", "carry_over"),
+    [(2, 12, 4, False), (3, 24, 6, True)],  # 6 completions per process in groups of 4; 8 in groups of 6
+)
+def test_dynamic_sampling_keeps_the_same_groups_on_several_processes(
+    tmp_path, processes, completions, generations, carry_over
+):
+    settings = SETTINGS | {
+        "per_device_train_batch_size": completions,
+        "num_generations": generations,
+        "steps_per_generation": 1,
+        "num_iterations": 2,
+        "dynamic_sampling": True,
+        "dynamic_sampling_carry_over": carry_over,
+        "log_completions": True,
+    }
+    runs = [train(tmp_path, count, settings) for count in (1, processes)]
+    rows = assert_equal(*runs, processes, names=("dynamic_sampling/", "completions/", "policy/", "behaviour/"))
     assert max(row.get("dynamic_sampling/rounds", 0) for row in rows) > 1
-    tables = [sorted((each / "completions").iterdir()) for each in (folder, other)]
+    tables = [sorted((tmp_path / f"run_on_{count}" / "completions").iterdir()) for count in (1, processes)]
     for mine, theirs in zip(*tables, strict=True):
         pandas.testing.assert_frame_equal(pandas.read_parquet(mine), pandas.read_parquet(theirs), rtol=1e-3)
 

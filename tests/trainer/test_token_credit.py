@@ -263,7 +263,7 @@ def test_only_the_first_process_writes(tmp_path):
         str(ROOT / "recipes" / "accelerate" / "two_cpu_processes.yaml"),
         str(ROOT / "tests" / "trainer" / "train_on_ranks.py"),
     ]
-    command += [json.dumps({str(tmp_path): settings})]
+    command += [str(tmp_path / "result"), str(tmp_path / "run"), json.dumps(settings)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     table, _ = read_trace(tmp_path / "run", step=4)
