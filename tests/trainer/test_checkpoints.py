@@ -107,6 +107,7 @@ def test_a_trainer_refuses_a_broken_checkpoint_that_is_named(killed):
         resume(killed, str(killed / "checkpoint-10"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["optimizer.pt", "rng_state.pth", MANIFEST_NAME])
 def test_killed_in_the_middle_of_a_save(run, tmp_path, part):
     command = [sys.executable, str(TESTS / "trainer" / "die_while_saving.py"), str(tmp_path), "10", part]
