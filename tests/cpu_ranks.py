@@ -150,7 +150,7 @@ class Ranks:
             fails: Whether the ranks are meant to end with something else than 0.
 
         Returns:
-            What each rank returned, in their order; where they fail, what they printed.
+            What each rank returned, in their order, unless they fail.
         """
         import torch
 
@@ -169,12 +169,15 @@ class Ranks:
         if not select.select([self.process.stdout], [], [], PATIENCE)[0]:
             self.close()
         statuses = json.loads(self.process.stdout.readline() or "null")
-        printed = "".join(path.read_text() for path in [*sorted(folder.glob("log_*")), self.folder / "server_log"])
-        assert statuses is not None, f"no answer: {printed}"
-        assert any(statuses) is fails, f"statuses {statuses}: {printed}"
-        if fails:
-            return printed
-        return [torch.load(folder / f"returned_{rank}", weights_only=True) for rank in range(processes)]
+        assert statuses is not None, f"no answer: {self.printed()}"
+        assert any(statuses) is fails, f"statuses {statuses}: {self.printed()}"
+        if not fails:
+            return [torch.load(folder / f"returned_{rank}", weights_only=True) for rank in range(processes)]
+
+    def printed(self) -> str:
+        """By the ranks of the last run, one after the other."""
+        logs = sorted((self.folder / f"run_{self.runs}").glob("log_*"))
+        return "".join(path.read_text() for path in [*logs, self.folder / "server_log"])
 
     def close(self):
         with contextlib.suppress(ProcessLookupError):
