@@ -70,7 +70,7 @@ def train(trainer: "DAPOTrainer", recipe: Recipe, checkpoint: str | None) -> int
 
 
 def gather_last_save(trainer: "DAPOTrainer"):
-    """With `SHARDED_STATE_DICT`, `save_model` writes no weights: checkpoints do. The last model is for from_pretrained."""
+    """With `SHARDED_STATE_DICT` only checkpoints have weights, as shards. The last model is for `from_pretrained`."""
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
 

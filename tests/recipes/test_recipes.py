@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -302,6 +303,8 @@ def test_accelerate_config_trains(ranks, path, tmp_path):
     engine, processes, share = ENGINES[path.stem]
     arguments = ["--config", "recipes/tiny/fipo.yaml", "--max_steps", "2", "--steps_per_generation", "2"]
     arguments += ["--per_device_train_batch_size", "8", "--save_steps", "2", "--output_dir", str(tmp_path / "run")]
+    if yaml.safe_load(path.read_text())["mixed_precision"] == "bf16":
+        arguments += ["--bf16", "true"]  # as for the recipes for GPUs
     launch = ("--config_file", str(path))
     for rank in ranks.run("train_on_ranks:command", arguments, launch=launch, processes=processes):
         assert rank["status"] == 0
@@ -309,7 +312,7 @@ def test_accelerate_config_trains(ranks, path, tmp_path):
         assert rank["held"]["DTensor"] is (engine == "FSDP")
         assert rank["held"]["weights"] == pytest.approx(share, abs=0.01)
     trained, base = (AutoModelForCausalLM.from_pretrained(each) for each in (tmp_path / "run", "recipes/tiny/base"))
-    assert trained.dtype == base.dtype
+    assert trained.dtype == (torch.bfloat16 if engine == "DEEPSPEED" else torch.float32)
     assert distance(dict(trained.named_parameters()), dict(base.named_parameters())) > 0
     assert faults(tmp_path / "run" / "checkpoint-2") == {}
 

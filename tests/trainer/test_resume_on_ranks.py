@@ -1,6 +1,7 @@
-"""A run on several processes that is killed and resumed is the run that was not: with copies of the model, and shards."""
+"""A run on several processes that is killed and resumed is the run that was not: DDP, FSDP2, ZeRO-3."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,24 @@ def test_more_processes_go_on_with_a_new_generation(ranks, saved, name, launch):
     said = ranks.printed()
     assert "checkpoint-5 holds no generation state for these processes and batch layout" in said
     assert "world_size: 2 -> 4" in said
+
+
+def test_deepspeed_applies_another_learning_rate(ranks, saved):
+    folder, weights = saved
+    settings = SETTINGS | {"resume": True, "max_steps": 6, "learning_rate": 0.0, "save_strategy": "no"}
+    two = ranks.run("train_on_ranks:cases", folder, {"ZeRO-3": settings}, launch=ZERO3)
+    assert rows(two[0]["ZeRO-3"]["log"])[-1]["step"] == 6
+    assert all(distance(each["ZeRO-3"]["weights"], weights["ZeRO-3"]) == 0 for each in two)
+
+
+def test_sharded_weights_can_be_merged(ranks, saved, tmp_path):
+    """As the README of the package says."""
+    folder, weights = saved
+    checkpoint = folder / "sharded" / "checkpoint-5"
+    ranks.run("train_on_ranks:merge", checkpoint / "pytorch_model_fsdp_0", tmp_path, processes=1)
+    shutil.copy(checkpoint / "config.json", tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert distance(dict(merged.named_parameters()), weights["sharded"]) == 0
 
 
 def test_checkpoints_of_others_are_refused(ranks, saved):

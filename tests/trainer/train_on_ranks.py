@@ -11,6 +11,7 @@ import signal
 import time
 
 from accelerate import PartialState
+from accelerate.utils import merge_fsdp_weights
 from cpu_ranks import held, whole_weights
 from peft import LoraConfig
 from tiny import fixed_rollouts, longer_is_better, make_trainer, right_for_some, scored_rollouts
@@ -92,6 +93,11 @@ def trainer_of(output_dir, settings):
     return make_trainer(output_dir, keywords=keywords, **settings)
 
 
+def merge(checkpoint, folder):
+    """`accelerate merge-weights checkpoint folder`."""
+    merge_fsdp_weights(checkpoint, folder)
+
+
 def command(arguments):
     """`fipo-trl train`, but for the end of its process. Returns its exit status, and what this rank held."""
     recipe, trainer, checkpoint = train_command.prepare(arguments)
@@ -103,5 +109,5 @@ def long_tailed_rollouts(prompts, trainer):
     rollouts = fixed_rollouts(prompts, trainer)
     for prompt, ids in zip(prompts, rollouts["completion_ids"], strict=True):
         length = min(int(random.Random(f"{prompt} {ids}").paretovariate(0.8) * 2), 380)
-        ids[:] = (ids * length)[:length] + [ids[-1]]
+        ids[:] = [*(ids * length)[:length], ids[-1]]
     return rollouts
