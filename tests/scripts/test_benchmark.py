@@ -11,23 +11,14 @@ import pytest
     ("command", "columns"),
     [
         ("future-kl", ["ours, ms", "block sum, ms", "serial scan, ms", "one exp, ms"]),
-        pytest.param(
-            "update",
-            ["FIPOTrainer, s", "GRPOTrainer, s", "ungrouped, s", "trimmed, s", "not padding"],
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
+        ("update", ["FIPOTrainer, s", "GRPOTrainer, s", "ungrouped, s", "trimmed, s", "not padding"]),
+        (
             "monitoring",
             ["FIPOTrainer, ms", "FIPOTrainer: share", "DAPOTrainer: monitoring, ms", "DAPOTrainer: share"],
-            marks=pytest.mark.slow,
         ),
-        pytest.param("memory", ["peak, (B, T) float32", "influence_weights, ms", "share"], marks=pytest.mark.slow),
-        pytest.param("evaluation", ["batch_size", "s", "times as fast", "avg@8"], marks=pytest.mark.slow),
-        pytest.param(
-            "dynamic-sampling",
-            ["keep rate", "least possible", "auto", "3x (DAPO)", "4x (FIPO)"],
-            marks=pytest.mark.slow,
-        ),
+        ("memory", ["peak, (B, T) float32", "influence_weights, ms", "share"]),
+        ("evaluation", ["batch_size", "s", "times as fast", "avg@8"]),
+        ("dynamic-sampling", ["keep rate", "least possible", "auto", "3x (DAPO)", "4x (FIPO)"]),
     ],
 )
 def test_quick(monkeypatch, capsys, command, columns):
