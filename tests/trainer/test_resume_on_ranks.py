@@ -1,6 +1,7 @@
 """A run on several processes that is killed and resumed is the run that was not: DDP, FSDP2, ZeRO-3."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,7 +90,11 @@ def saved(ranks, tmp_path_factory):
     return folder, weights
 
 
-@pytest.mark.parametrize(("name", "launch"), [("FSDP2", FSDP2), ("sharded", FSDP2_SHARDED)], ids=["full", "sharded"])
+@pytest.mark.parametrize(
+    ("name", "launch"),
+    [("DDP", DDP), ("FSDP2", FSDP2), ("sharded", FSDP2_SHARDED)],
+    ids=["DDP", "FSDP2", "FSDP2, sharded"],
+)
 def test_more_processes_go_on_with_a_new_generation(ranks, saved, name, launch):
     """With a learning rate of 0, an update leaves the weights where they were."""
     folder, weights = saved
@@ -171,3 +176,14 @@ def test_command_under_fsdp2_killed_and_resumed(ranks, tmp_path):
     base = AutoModelForCausalLM.from_pretrained("recipes/tiny/base")
     assert distance(dict(model.named_parameters()), mine) == 0
     assert distance(dict(base.named_parameters()), mine) > 0
+
+
+def test_command_says_how_to_merge_what_zero3_did_not_gather(ranks, tmp_path):
+    arguments = ["--config", "recipes/tiny/fipo.yaml", "--per_device_train_batch_size", "8", "--max_steps", "2"]
+    arguments += ["--steps_per_generation", "2", "--save_strategy", "no", "--output_dir", str(tmp_path)]
+    ranks.run("train_on_ranks:command", arguments, launch=(*ZERO3, "--zero3_save_16bit_model", "false"))
+    said = re.search(r"zero3_save_16bit_model is false\. To merge them:\npython (.+)", ranks.printed())[1]
+    subprocess.run([sys.executable, *said.split()], check=True, capture_output=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained("recipes/tiny/base")
+    assert 0 < distance(dict(model.named_parameters()), dict(base.named_parameters())) < 1
