@@ -54,6 +54,7 @@ ALL_LOAD = (*FSDP2, "--fsdp_cpu_ram_efficient_loading", "false")
 COPIES, SHARDS = {"weights": 1.0, "optimizer": 1.0}, {"weights": 0.5, "optimizer": 0.5}
 BOUND = 5e-4  # of the distance between the weights of one process and several, relative to how far they moved
 LOGGED = ("fipo/", "policy/", "completions/", "behaviour/", "rollout_iteration", "optimizer_update", "grad_norm")
+LOGGED += ("loss",)
 OF_ROUNDS = ("dynamic_sampling/", "engine_mismatch/")  # of what was sampled: rounds are multiples of the processes
 
 
