@@ -10,7 +10,6 @@ import gc
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,13 +63,7 @@ def train(trainer: "DAPOTrainer", recipe: Recipe, checkpoint: str | None) -> int
     trainer.save_model(output_dir)
     trainer.save_state()
     trainer.create_model_card(dataset_name=dataset_name)
-    where = f"The model is in {output_dir}."
-    if not any(Path(output_dir).glob("*.safetensors")):
-        where = (
-            f"{output_dir} holds the shards of the model, because zero3_save_16bit_model is false. To merge them:\n"
-            f"python {output_dir}/zero_to_fp32.py --safe_serialization {output_dir} {output_dir}"
-        )
-    trainer.accelerator.print(f"Trained for {trainer.state.global_step} updates. {where}")
+    trainer.accelerator.print(f"Trained for {trainer.state.global_step} updates. The model is in {output_dir}.")
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
     return 0
