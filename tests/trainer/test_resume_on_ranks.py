@@ -1,7 +1,6 @@
 """A run on several processes that is killed and resumed is the run that was not: DDP, FSDP2, ZeRO-3."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,7 +88,11 @@ def saved(ranks, tmp_path_factory):
     return folder, weights
 
 
-@pytest.mark.parametrize(("name", "launch"), [("FSDP2", FSDP2), ("sharded", FSDP2_SHARDED)], ids=["full", "sharded"])
+@pytest.mark.parametrize(
+    ("name", "launch"),
+    [("DDP", DDP), ("FSDP2", FSDP2), ("sharded", FSDP2_SHARDED)],
+    ids=["DDP", "FSDP2", "FSDP2, sharded"],
+)
 def test_more_processes_go_on_with_a_new_generation(ranks, saved, name, launch):
     """With a learning rate of 0, an update leaves the weights where they were."""
     folder, weights = saved
@@ -117,7 +120,7 @@ def test_sharded_weights_can_be_merged(ranks, saved, tmp_path):
     folder, weights = saved
     checkpoint = folder / "sharded" / "checkpoint-5"
     ranks.run("train_on_ranks:merge", checkpoint / "pytorch_model_fsdp_0", tmp_path, processes=1)
-    shutil.copy(checkpoint / "config.json", tmp_path)
+    make_model().config.save_pretrained(tmp_path)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert distance(dict(merged.named_parameters()), weights["sharded"]) == 0
 

@@ -48,6 +48,7 @@ def cases(folder, settings_by_case):
             "weights": whole_weights(trainer),
             "log": trainer.state.log_history,
             "held": held(trainer),
+            "loss_scale": getattr(trainer.optimizer.optimizer, "loss_scale", 1.0),  # DeepSpeed's
             "world_size": trainer.args.world_size,
         }
         trainer.accelerator.wait_for_everyone()
