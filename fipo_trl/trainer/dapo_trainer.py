@@ -2,7 +2,7 @@
 
 It reads as a list of the methods of TRL that are overridden. The work is done elsewhere: groups that are sampled ahead
 (`rollouts.py`, by the rules of `dynamic_sampling.py`), micro-batches without padding (`length_grouping.py`), checks of
-the engine (`engine.py`), the scope of a loss (`loss_scope.py`), checks of rewards (`reward_calls.py`), a checkpoint of
+the engine (`engine.py`), its client (`vllm_server.py`), the scope of a loss (`loss_scope.py`), checks of rewards (`reward_calls.py`), a checkpoint of
 what fails (`last_update.py`), exact resuming (`resume.py`), metrics (`metrics.py`).
 """
 
@@ -42,6 +42,7 @@ from fipo_trl.trainer.resume import resolve, restore_generation, save_generation
 from fipo_trl.trainer.reward_calls import RewardCalls
 from fipo_trl.trainer.rollouts import GroupRollouts
 from fipo_trl.trainer.trl_contract import check_attributes, check_contract
+from fipo_trl.trainer.vllm_server import server_client
 
 
 logger = get_logger(__name__)
@@ -93,7 +94,8 @@ class DAPOTrainer(GRPOTrainer):
         self._group_rollouts: GroupRollouts | None = None
         bound = inspect.signature(super().__init__).bind_partial(model, reward_funcs, args, *positional, **keywords)
         check_prompts(bound.arguments.get("train_dataset"), bound.arguments.get("processing_class"))
-        super().__init__(*bound.args, **bound.kwargs)
+        with server_client():
+            super().__init__(*bound.args, **bound.kwargs)
         check_attributes(self)
         self._reward_calls = RewardCalls(
             self.reward_funcs, self.reward_func_names, args.reward_timeout, args.reward_timeout_action
