@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
+from cpu_ranks import Ranks
 
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +21,14 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).pare
 def in_root(monkeypatch):
     """Recipes name files from the root of the repository. A test that goes elsewhere says so itself."""
     monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Forks processes that train together. The first test that asks waits for the imports."""
+    forked = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield forked
+    forked.close()
 
 
 @pytest.fixture(autouse=True)
