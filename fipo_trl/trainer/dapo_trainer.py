@@ -2,8 +2,9 @@
 
 It reads as a list of the methods of TRL that are overridden. The work is done elsewhere: groups that are sampled ahead
 (`rollouts.py`, by the rules of `dynamic_sampling.py`), micro-batches without padding (`length_grouping.py`), checks of
-the engine (`engine.py`), its client (`vllm_server.py`), the scope of a loss (`loss_scope.py`), checks of rewards (`reward_calls.py`), a checkpoint of
-what fails (`last_update.py`), exact resuming (`resume.py`), metrics (`metrics.py`).
+the engine (`engine.py`), the client of its server (`vllm_server.py`), the scope of a loss (`loss_scope.py`), checks of
+rewards (`reward_calls.py`), a checkpoint of what fails (`last_update.py`), exact resuming (`resume.py`), metrics
+(`metrics.py`).
 """
 
 import inspect
@@ -24,7 +25,7 @@ from fipo_trl.engines import vllm_cpu
 from fipo_trl.objective.influence import InfluenceStatistics, PolicyStatistics, policy_statistics
 from fipo_trl.trainer.dapo_config import DAPOConfig
 from fipo_trl.trainer.dynamic_sampling import DynamicSampler
-from fipo_trl.trainer.engine import EngineMismatch, check_ends
+from fipo_trl.trainer.engine import EngineMismatch, check_base, check_ends
 from fipo_trl.trainer.last_update import LastUpdate
 from fipo_trl.trainer.length_grouping import LengthGrouping, log_probs_by_length
 from fipo_trl.trainer.loss_scope import LossScope
@@ -96,6 +97,7 @@ class DAPOTrainer(GRPOTrainer):
         bound = inspect.signature(super().__init__).bind_partial(model, reward_funcs, args, *positional, **keywords)
         check_prompts(bound.arguments.get("train_dataset"), bound.arguments.get("processing_class"))
         check_models_are_loaded(args, model, reward_funcs, bound.arguments.get("peft_config"))
+        check_base(args, model, bound.arguments.get("quantization_config"))
         with server_client():
             super().__init__(*bound.args, **bound.kwargs)
         check_attributes(self)

@@ -77,7 +77,9 @@ class ServerClient(VLLMClient):
         group = {"master_address": get_ip(), "master_port": self.group_port, "world_size": self.get_world_size() + 1}
         with ThreadPoolExecutor(max_workers=1) as executor:  # the workers join while the server deals with the request
             joined = executor.submit(
-                self._post, f"{self.base_url}/init_weight_transfer_engine", json={"init_info": group | {"rank_offset": 1}}
+                self._post,
+                f"{self.base_url}/init_weight_transfer_engine",
+                json={"init_info": group | {"rank_offset": 1}},
             )
             self.communicator = GlooGroup(group["master_address"], self.group_port, 0, group["world_size"])
             joined.result()
@@ -99,9 +101,7 @@ class ServerClient(VLLMClient):
         announced = {"names": names, "dtype_names": dtype_names, "shapes": shapes}
         self._start_weight_update()
         with ThreadPoolExecutor(max_workers=1) as executor:
-            received = executor.submit(
-                self._post, f"{self.base_url}/update_weights", json={"update_info": announced}
-            )
+            received = executor.submit(self._post, f"{self.base_url}/update_weights", json={"update_info": announced})
             try:
                 for _, weight in named_params:
                     self.communicator.broadcast(weight.detach().contiguous())

@@ -15,6 +15,10 @@ import requests
 import torch
 from cpu_ranks import FSDP2, Ranks, free_port
 from held import PATIENCE, REWARD, HeldRun
+from sync_on_ranks import check
+from tiny import BASE
+
+from fipo_trl.trainer.vllm_server import ServerClient
 
 
 if importlib.util.find_spec("vllm") is None:
@@ -94,17 +98,13 @@ def ranks(tmp_path_factory, server):
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("launch", [(), FSDP2], ids=["one process", "FSDP2"])
 def test_trained_weights_reach_the_server(tmp_path, ranks, port, launch, lora):
+    settings = {"vllm_mode": "server", "vllm_server_host": "127.0.0.1", "vllm_server_port": port}
+    settings |= {"vllm_group_port": free_port()}
     processes = 2 if launch else 1
-    returned = ranks.run(
-        "train_with_server:train", tmp_path, lora, port, free_port(), processes=processes, launch=launch
-    )
+    returned = ranks.run("sync_on_ranks:train", tmp_path, BASE, lora, settings, processes=processes, launch=launch)
     if launch:
         assert {rank["held"]["tensors"] for rank in returned} == {"DTensor"}
-    *synced, cut = returned[0]["mean"]
-    assert len(synced) == 3
-    assert max(synced) < 1e-4, returned[0]
-    assert cut > 1e-2, returned[0]
-    assert sum(returned[0]["nan_tokens"]) == 0
+    check(returned[0])
 
 
 def test_a_server_that_dies_ends_the_run_with_a_checkpoint_and_a_new_one_lets_it_go_on(tmp_path, server, ranks, port):
@@ -132,3 +132,11 @@ def test_a_server_that_dies_ends_the_run_with_a_checkpoint_and_a_new_one_lets_it
         again.kill()
     assert ended.returncode == 0, ended.stdout
     assert "Trained for 24 updates." in ended.stdout
+
+
+def test_a_server_that_waits_for_nccl_is_refused(monkeypatch):
+    client = object.__new__(ServerClient)  # without a server
+    client.base_url = "http://node3:8000"
+    monkeypatch.setattr(client, "get_server_info", lambda: {"weight_transfer_config": {"backend": "nccl"}})
+    with pytest.raises(ValueError, match=r"at http://node3:8000 cannot take.* is nccl, not gloo.*vllm-server-command"):
+        client.init_communicator(torch.device("cpu"))

@@ -26,7 +26,13 @@ SETTINGS = {
 ACCUMULATION = {"gradient_accumulation_steps": 2, "steps_per_generation": 2}
 DYNAMIC = {"num_iterations": 2, "dynamic_sampling": True, "dynamic_sampling_carry_over": True, "log_completions": True}
 # Ratios far from 1, so that sequences are dropped, more on one rank than on the other
-DROPS = {"max_steps": 3, "learning_rate": 0.5, "delta": 1.5, "influence_weight_min": 0.5, "influence_safety_ratio": 1.1}
+DROPS = {
+    "max_steps": 3,
+    "learning_rate": 0.5,
+    "delta": 1.5,
+    "influence_weight_min": 0.5,
+    "influence_safety_ratio": 1.1,
+}
 LONG = ACCUMULATION | {"long_tailed": True, "max_completion_length": 400, "max_steps": 4}
 CASES = {
     "plain": {},
@@ -45,7 +51,16 @@ SPREAD = {
 ALL_LOAD = (*FSDP2, "--fsdp_cpu_ram_efficient_loading", "false")
 COPIES, SHARDS = {"weights": 1.0, "optimizer": 1.0}, {"weights": 0.5, "optimizer": 0.5}
 BOUND = 5e-4  # of the distance between the weights of one process and several, relative to how far they moved
-LOGGED = ("fipo/", "policy/", "completions/", "behaviour/", "rollout_iteration", "optimizer_update", "grad_norm", "loss")
+LOGGED = (
+    "fipo/",
+    "policy/",
+    "completions/",
+    "behaviour/",
+    "rollout_iteration",
+    "optimizer_update",
+    "grad_norm",
+    "loss",
+)
 OF_ROUNDS = ("dynamic_sampling/", "engine_mismatch/")  # of what was sampled: rounds are multiples of the processes
 
 
@@ -120,7 +135,9 @@ def test_the_cases_are_what_they_say(alone):
     for case in ("dynamic sampling", "long tail, dynamic sampling"):
         assert max(logged(case, "dynamic_sampling/rounds")) > 1
         assert sum(logged(case, "dynamic_sampling/carried_over")) > 0
-    assert max(logged("long tail", "completions/max_length")) > 10 * max(logged("long tail", "completions/median_length"))
+    assert max(logged("long tail", "completions/max_length")) > 10 * max(
+        logged("long tail", "completions/median_length")
+    )
     assert max(logged("KL", "kl")) > 0.01
 
 

@@ -70,4 +70,3 @@ def long_tailed_rollouts(prompts, trainer):
         length = min(int(random.Random(f"{prompt} {ids}").paretovariate(0.8) * 2), 380)
         ids[:] = (ids * length)[:length] + [ids[-1]]
     return rollouts
-
