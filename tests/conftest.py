@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 # One thread per process: several test processes share the cores, and OpenMP threads that wait for each other are slow
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one, and says so wherever it is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is how the tests fix the completions
 # What tests start as processes of their own may import the helpers, as pytest's `pythonpath` lets the tests do

@@ -36,6 +36,7 @@ ZERO2 = (*ZERO3, "--zero_stage", "2", "--zero3_init_flag", "false")
 
 def admit_engines():
     """Let accelerate believe that these CPUs are what its engines are for. In a process, and in those forked of it."""
+    import torch
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
@@ -61,6 +62,8 @@ def admit_engines():
                 os.environ["ACCELERATE_USE_CPU"] = asked
 
     PartialState.__init__, AcceleratorState.__init__ = process, engine
+    if not torch.accelerator.is_available():
+        torch.Tensor.pin_memory = lambda tensor: tensor  # which `fsdp_offload_params` does for copies to a GPU
 
 
 # What a rank has
@@ -150,7 +153,7 @@ class Ranks:
             fails: Whether the ranks are meant to end with something else than 0.
 
         Returns:
-            What each rank returned, in their order; where they fail, what they printed.
+            What each rank returned, in their order, unless they fail.
         """
         import torch
 
@@ -169,12 +172,15 @@ class Ranks:
         if not select.select([self.process.stdout], [], [], PATIENCE)[0]:
             self.close()
         statuses = json.loads(self.process.stdout.readline() or "null")
-        printed = "".join(path.read_text() for path in [*sorted(folder.glob("log_*")), self.folder / "server_log"])
-        assert statuses is not None, f"no answer: {printed}"
-        assert any(statuses) is fails, f"statuses {statuses}: {printed}"
-        if fails:
-            return printed
-        return [torch.load(folder / f"returned_{rank}", weights_only=True) for rank in range(processes)]
+        assert statuses is not None, f"no answer: {self.printed()}"
+        assert any(statuses) is fails, f"statuses {statuses}: {self.printed()}"
+        if not fails:
+            return [torch.load(folder / f"returned_{rank}", weights_only=True) for rank in range(processes)]
+
+    def printed(self) -> str:
+        """By the ranks of the last run, one after the other."""
+        logs = sorted((self.folder / f"run_{self.runs}").glob("log_*"))
+        return "".join(path.read_text() for path in [*logs, self.folder / "server_log"])
 
     def close(self):
         with contextlib.suppress(ProcessLookupError):
@@ -225,6 +231,8 @@ def environment_of(launch: list[str]) -> dict[str, str]:
         environment = prepare_multi_gpu_env(arguments)
     else:
         _, environment = prepare_simple_launcher_cmd_env(arguments)
+    if arguments.use_deepspeed or arguments.use_fsdp or arguments.multi_gpu:
+        environment["WORLD_SIZE"] = str(arguments.num_processes)
     return {name: value for name, value in environment.items() if os.environ.get(name) != value}
 
 
@@ -258,15 +266,14 @@ def be_rank(rank: int, request: dict, environment: dict[str, str]):
     """Call the function in this process, and end it."""
     import torch
 
-    folder, processes, status = Path(request["folder"]), request["processes"], 1
+    folder, status = Path(request["folder"]), 1
     with (folder / f"log_{rank}").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     try:
         os.environ.update(environment)
-        if processes > 1 or request["launch"]:
-            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-            os.environ.update({name: str(value) for name, value in places.items()})
+        if "WORLD_SIZE" in environment:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": environment["WORLD_SIZE"]}
         module, name = request["function"].split(":")
         returned = getattr(importlib.import_module(module), name)(*request["arguments"])
         torch.save(returned, folder / f"returned_{rank}")

@@ -128,9 +128,9 @@ class FIPOTrainer(DAPOTrainer):
 
     # A token mean becomes one over the tokens of kept sequences
     #
-    # A sequence with zero advantage leaves the numerator of TRL's token mean, not its denominator, which is fixed before
-    # the forward pass that decides. The gradient is linear in 1 / denominator, so it is corrected before it is clipped
-    # (and with it that of a KL penalty or entropy bonus, if there is one).
+    # A sequence with zero advantage leaves the numerator of TRL's token mean, not its denominator, which is fixed
+    # before the forward pass that decides. The gradient is linear in 1 / denominator, so it is corrected before it is
+    # clipped (and with it that of a KL penalty or entropy bonus, if there is one).
 
     def _compute_loss(self, model, inputs):
         loss = super()._compute_loss(model, inputs)

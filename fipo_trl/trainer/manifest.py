@@ -19,6 +19,8 @@ from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import sort_checkpoints
 
+from fipo_trl.trainer.sharding import who_saves
+
 
 if TYPE_CHECKING:
     from fipo_trl.trainer.dapo_trainer import DAPOTrainer
@@ -156,6 +158,7 @@ def run_of(trainer: "DAPOTrainer") -> dict[str, Any]:
     settings = trainer.args.to_dict() | {"world_size": trainer.args.world_size}
     run = {
         "trainer": type(trainer).__name__,
+        "saved_by": who_saves(trainer),
         "rewards": list(trainer.reward_func_names),
         "data": trainer.data_fingerprint,
         "settings": settings,
@@ -224,6 +227,14 @@ def compare(manifest: dict[str, Any], run: dict[str, Any]) -> Changes:
     impossible = []
     if manifest["trainer"] != run["trainer"]:
         impossible.append(f"It was saved by {manifest['trainer']}, not by {run['trainer']}.")
+    saved_by = manifest.get("saved_by", run["saved_by"])  # older versions did not say
+    if saved_by != run["saved_by"]:
+        impossible.append(f"It was saved by {saved_by}, not by {run['saved_by']}.")
+    elif "world_size" in names and saved_by.startswith("DeepSpeed"):
+        impossible.append(
+            f"It was saved by {before['world_size']} processes, whose shards DeepSpeed cannot give to "
+            f"{now['world_size']}. Start as many as then."
+        )
     if "optim" in names and not all(each["optim"].startswith("adamw_torch") for each in (before, now)):
         impossible.append(f"Its optimizer is {before['optim']}, not {now['optim']}.")
     if "beta" in names and before["beta"] == 0 and manifest["inside_generation"]:

@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -11,6 +10,7 @@ from transformers.modeling_utils import is_fsdp_enabled
 
 if TYPE_CHECKING:
     from fipo_trl.trainer.dapo_config import DAPOConfig
+    from fipo_trl.trainer.dapo_trainer import DAPOTrainer
 
 # The gradient of an update, multiplied
 
@@ -49,6 +49,19 @@ def restore_loss_scale(engine: Any):
     """Undo what [`scale_whole_update`] did to the optimizer of a `DeepSpeedEngine`, if it did."""
     if getattr(engine.optimizer, "custom_loss_scaler", False):
         engine.optimizer.custom_loss_scaler = False
+
+
+# Checkpoints
+
+
+def who_saves(trainer: "DAPOTrainer") -> str:
+    """Who writes the weights and the optimizer's states of a checkpoint, for people. No one else can read them."""
+    state = trainer.accelerator.state
+    if trainer.is_deepspeed_enabled:
+        return f"DeepSpeed's ZeRO-{state.deepspeed_plugin.zero_stage}"
+    if trainer.is_fsdp_enabled:
+        return f"FSDP{state.fsdp_plugin.fsdp_version} with {state.fsdp_plugin.state_dict_type.name}"
+    return "processes that hold the whole model"
 
 
 # Models that are there on the first process only

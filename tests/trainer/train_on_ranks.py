@@ -5,23 +5,45 @@ order in which TRL deals them.
 """
 
 import gc
+import os
 import random
+import signal
 import time
 
 from accelerate import PartialState
+from accelerate.utils import merge_fsdp_weights
 from cpu_ranks import held, whole_weights
+from peft import LoraConfig
 from tiny import fixed_rollouts, longer_is_better, make_trainer, right_for_some, scored_rollouts
+from transformers import TrainerCallback
+
+from fipo_trl.commands import train as train_command
 
 
 REWARDS = [right_for_some, longer_is_better]
+
+
+class Die(TrainerCallback):
+    """Of the last process, when an update begins: as if its machine had lost power."""
+
+    def __init__(self, updates):
+        self.updates = updates  # that are made
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.updates and args.process_index == args.world_size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def cases(folder, settings_by_case):
     """One training after another. Returns of each its weights, its log and what this rank held, by name."""
     results = {}
     for name, settings in settings_by_case.items():
+        settings = dict(settings)
+        resume, die_after = settings.pop("resume", None), settings.pop("die_after", None)
         trainer = trainer_of(f"{folder}/{name}", settings)
-        trainer.train()
+        if die_after is not None:
+            trainer.add_callback(Die(die_after))
+        trainer.train(resume_from_checkpoint=resume)
         results[name] = {
             "weights": whole_weights(trainer),
             "log": trainer.state.log_history,
@@ -35,18 +57,22 @@ def cases(folder, settings_by_case):
 
 
 def refusals(folder, settings_by_case):
-    """What is said where a trainer is refused, by name."""
+    """What is said where a trainer is refused, or its checkpoint, by name."""
     messages = {}
     for name, settings in settings_by_case.items():
         try:
-            trainer_of(f"{folder}/{name}", settings)
+            settings = dict(settings)
+            resume = settings.pop("resume", None)
+            trainer = trainer_of(f"{folder}/{name}", settings)
+            if resume:
+                trainer.train(resume_from_checkpoint=resume)
         except ValueError as error:
             messages[name] = str(error)
     return messages
 
 
 def trainer_of(output_dir, settings):
-    """A trainer whose batches are `settings`', spread over the processes. Some settings are the rollouts'."""
+    """A trainer whose batches are `settings`', spread over the processes. Some settings are not the config's."""
     settings = dict(settings)
     world_size = PartialState(cpu=True).num_processes
     settings["per_device_train_batch_size"] = settings["per_device_train_batch_size"] // world_size
@@ -59,8 +85,23 @@ def trainer_of(output_dir, settings):
         return rollouts(prompts, trainer)
 
     reward_funcs = [settings.pop("reward_model")] if "reward_model" in settings else REWARDS
-    keywords = {"rollout_func": rollout_func, "reward_funcs": reward_funcs}
+    keywords = {"reward_funcs": reward_funcs}
+    if not settings.pop("sampled", False):
+        keywords["rollout_func"] = rollout_func
+    if settings.pop("lora", False):
+        keywords["peft_config"] = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0)
     return make_trainer(output_dir, keywords=keywords, **settings)
+
+
+def merge(checkpoint, folder):
+    """`accelerate merge-weights checkpoint folder`."""
+    merge_fsdp_weights(checkpoint, folder)
+
+
+def command(arguments):
+    """`fipo-trl train`, but for the end of its process. Returns its exit status, and what this rank held."""
+    recipe, trainer, checkpoint = train_command.prepare(arguments)
+    return {"status": train_command.train(trainer, recipe, checkpoint), "held": held(trainer)}
 
 
 def long_tailed_rollouts(prompts, trainer):
@@ -68,5 +109,5 @@ def long_tailed_rollouts(prompts, trainer):
     rollouts = fixed_rollouts(prompts, trainer)
     for prompt, ids in zip(prompts, rollouts["completion_ids"], strict=True):
         length = min(int(random.Random(f"{prompt} {ids}").paretovariate(0.8) * 2), 380)
-        ids[:] = (ids * length)[:length] + [ids[-1]]
+        ids[:] = [*(ids * length)[:length], ids[-1]]
     return rollouts
