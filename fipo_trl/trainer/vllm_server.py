@@ -17,6 +17,7 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 
 from fipo_trl.engines.gloo_group import GlooGroup
+from fipo_trl.trainer.trl_contract import check_client
 
 
 @contextmanager
@@ -54,6 +55,7 @@ class ServerClient(VLLMClient):
     """
 
     def __init__(self, *args, **kwargs):
+        check_client(VLLMClient)
         self._failure: NoAnswer | None = None
         super().__init__(*args, **kwargs)
         for adapter in self.session.adapters.values():

@@ -1,4 +1,4 @@
-"""Train with vLLM in any mode, cut the weight sync on the way, and return what was seen. `cpu_ranks` calls it on ranks.
+"""Train with vLLM in any mode, cut the weight sync on the way, and return what was seen. On ranks of `cpu_ranks`.
 
 The engine computes in float32, like the trainer, so that nothing but wrong weights can make the two differ. A server
 was started so; a colocated one is started so here.
