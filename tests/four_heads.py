@@ -1,4 +1,4 @@
-"""A random model of 4 heads of 32: 3 heads, as the tiny base has, are not for two engines, nor 96 values for 4 bits."""
+"""A random model of 4 heads of 32. The tiny base has 3 heads, which two engines cannot share, and is 96 wide."""
 
 from pathlib import Path
 

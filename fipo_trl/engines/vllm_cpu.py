@@ -12,6 +12,7 @@ have weight matrices. The packed experts and convolutions of others are left as 
 """
 
 import logging
+import secrets
 from typing import Any
 
 import torch
@@ -36,7 +37,32 @@ def register():
     if utils.dispatch_cpu_unquantized_gemm is not keep_parameters:
         keep_parameters.packing = utils.dispatch_cpu_unquantized_gemm  # type: ignore[attr-defined]  # of a function
         utils.dispatch_cpu_unquantized_gemm = keep_parameters
+    name_shared_memory()
     add_gloo()
+
+
+def name_shared_memory():
+    """Let the processes that share a model (tensor parallelism) have shared memory of their own.
+
+    vLLM names it by the place where they meet. Under TRL that is "env://" for all: of two runs on a machine the second
+    would not start, nor would one after another that was killed.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    if _CPUSHMDistributed.make_group_name is not agreed_name:
+        agreed_name.by_place = _CPUSHMDistributed.make_group_name  # type: ignore[attr-defined]
+        _CPUSHMDistributed.make_group_name = staticmethod(agreed_name)
+
+
+def agreed_name(communicator: Any) -> str:
+    """Stands in for vLLM's `make_group_name`, with a number in it that the first process draws for all."""
+    if not hasattr(communicator, "agreed_name"):
+        drawn = [secrets.token_hex(8)]
+        first = communicator.ranks[0]
+        torch.distributed.broadcast_object_list(drawn, src=first, group=communicator.device_group)
+        by_place = agreed_name.by_place(communicator)  # type: ignore[attr-defined]
+        communicator.agreed_name = f"{drawn[0]}{by_place}".replace("/", "")
+    return communicator.agreed_name
 
 
 def add_gloo():

@@ -39,7 +39,7 @@ from fipo_trl.trainer.manifest import (
 )
 from fipo_trl.trainer.metrics import counters, generation_metrics
 from fipo_trl.trainer.prompts import check_prompts
-from fipo_trl.trainer.resume import resolve, restore_generation, save_generation
+from fipo_trl.trainer.resume import dtypes_kept, resolve, restore_generation, save_generation
 from fipo_trl.trainer.reward_calls import RewardCalls
 from fipo_trl.trainer.rollouts import GroupRollouts
 from fipo_trl.trainer.sharding import check_models_are_loaded
@@ -282,6 +282,10 @@ class DAPOTrainer(GRPOTrainer):
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
         save_generation(self, output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with dtypes_kept(self.model if model is None else model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

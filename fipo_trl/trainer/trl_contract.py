@@ -31,6 +31,7 @@ OVERRIDDEN = {
     "get_train_dataloader": "",
     "_get_train_sampler": "dataset",
     "_save_optimizer_and_scheduler": "output_dir",
+    "_load_from_checkpoint": "resume_from_checkpoint, model",
     "_load_optimizer_and_scheduler": "checkpoint",
     "_maybe_log_save_evaluate": "...",
     "_save_checkpoint": "model, trial",

@@ -5,6 +5,8 @@ was started so; a colocated one is started so here.
 """
 
 import functools
+import glob
+from pathlib import Path
 
 from cpu_ranks import held
 from moved_weights import MoveTheWeights
@@ -36,6 +38,12 @@ def train(folder: str, model: str, lora: bool, settings: dict) -> dict:
     )
     trainer.add_callback(MoveTheWeights(trainer, SYNCED))
     trainer.train()
+    if trainer.vllm_generation.mode == "colocate":  # a forked rank ends without vLLM's clean-up
+        from vllm.distributed.parallel_state import get_tp_group
+
+        name = get_tp_group().device_communicator.agreed_name
+        for left in Path("/dev/shm").glob(f"{glob.escape(name)}_*"):
+            left.unlink(missing_ok=True)
     return {
         "held": held(trainer),
         "tensor_parallel": trainer.vllm_generation.tensor_parallel_size,

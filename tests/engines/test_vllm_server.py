@@ -10,11 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 import torch
 from cpu_ranks import FSDP2, Ranks, free_port
-from held import PATIENCE, REWARD, HeldRun
+from held import PATIENCE, REWARD, HeldRun, lives
 from sync_on_ranks import check
 from tiny import BASE
 
@@ -54,7 +55,6 @@ class Server:
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
                 env=os.environ | {name: value, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-                start_new_session=True,  # all of its processes end with `kill`
             )
 
     def wait(self):
@@ -69,9 +69,17 @@ class Server:
             time.sleep(0.2)
 
     def kill(self):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        """With -9. Its other processes are left to clean up, and must not outlive the test."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            others = psutil.Process(self.process.pid).children(recursive=True)
+            self.process.kill()
+            self.process.wait()
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                deadline = time.monotonic() + 30
+                for process in filter(lives, others):
+                    process.send_signal(number)
+                while any(map(lives, others)) and time.monotonic() < deadline:
+                    time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,7 @@ def test_an_adapter_on_four_bits_is_trained_saved_resumed_and_loaded(base, tmp_p
     trainer = make_trainer(base, tmp_path)
     assert {p.dtype for name, p in trainer.model.named_parameters() if "base_layer.weight" in name} == {torch.uint8}
     frozen, adapter = weights_of(trainer.model, trained=False), weights_of(trainer.model, trained=True)
+    assert {weight.dtype for weight in adapter.values()} == {torch.bfloat16}
     trainer.train()
     trained = weights_of(trainer.model, trained=True)
     assert max((trained[name] - adapter[name]).abs().max() for name in adapter) > 1e-2
@@ -64,6 +65,7 @@ def test_an_adapter_on_four_bits_is_trained_saved_resumed_and_loaded(base, tmp_p
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     for name, weight in weights_of(resumed.model, trained=True).items():
         assert torch.equal(weight, trained[name])
+        assert weight.dtype == trained[name].dtype
 
     trainer.save_model(str(tmp_path / "adapter"))
     loaded = PeftModel.from_pretrained(load(base), str(tmp_path / "adapter"))
