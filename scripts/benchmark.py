@@ -204,12 +204,12 @@ def letter_share(completions, **kwargs):
 class Cycle:
     """A trainer, and what it does on each generation: stubbed rollouts, the old-log-prob pass, the updates."""
 
-    def __init__(self, name, distribution, micro_batch_size, args, folder):
+    def __init__(self, name, distribution, micro_batch_size, args, folder, model=None, **settings):
         trainer_class, group_by_length = (TRAINERS | MONITORED)[name]
         tokenizer = AutoTokenizer.from_pretrained(TINY_BASE, padding_side="left")
         self.lengths = make_lengths(distribution, UPDATES_PER_GENERATION * args.sequences, args.longest, args.spread)
         self.trainer = trainer_class(
-            model=make_model(),
+            model=model or make_model(),
             reward_funcs=letter_share,
             # A FIPOConfig is a GRPOConfig, too: one objective and one optimizer for all
             args=(DAPOConfig if trainer_class is DAPOTrainer else FIPOConfig)(
@@ -224,8 +224,7 @@ class Cycle:
                 group_by_length=group_by_length,
                 report_to="none",
                 use_cpu=args.device == "cpu",
-                bf16=False,
-                gradient_checkpointing=False,
+                **{"bf16": False, "gradient_checkpointing": False} | settings,
             ),
             train_dataset=Dataset.from_dict({"prompt": ["a1b2c3="] * len(self.lengths)}),
             processing_class=tokenizer,

@@ -1,6 +1,7 @@
 """Print the `vllm serve` line of the server that a recipe with `vllm_mode: server` needs."""
 
 import argparse
+import json
 import shlex
 import sys
 from urllib.parse import urlsplit
@@ -8,6 +9,7 @@ from urllib.parse import urlsplit
 import torch
 from trl.scripts import vllm_serve
 
+from fipo_trl.recipe.read import read
 from fipo_trl.recipe.validate import Recipe, read_and_validate
 
 
@@ -15,11 +17,16 @@ DESCRIPTION = """Print how to start the vLLM server that a recipe with vllm_mode
 
     fipo-trl vllm-server-command --config RECIPE.yaml
     eval "exec env $(fipo-trl vllm-server-command --config RECIPE.yaml)"     # start it, on the server's node
+
+For a recipe with use_cpu: true the server runs on this machine's CPU.
 """
 
 
-def vllm_server_command(recipe: Recipe) -> str:
+def vllm_server_command(recipe: Recipe, on_cpu: bool = False) -> str:
     """The `vllm serve` line with which this TRL can sample and synchronize weights: TRL's own, for this recipe.
+
+    Args:
+        on_cpu: Whether the server runs on the CPU, with vLLM's build for it, and gets its weights over gloo.
 
     Raises:
         ValueError: if the recipe uses no server.
@@ -42,8 +49,13 @@ def vllm_server_command(recipe: Recipe) -> str:
             trust_remote_code=training.trust_remote_code,
         )
     )
+    arguments = command[command.index("serve") + 1 :]
+    program = ["vllm", "serve"]
+    if on_cpu:
+        arguments[arguments.index("--weight-transfer-config") + 1] = json.dumps({"backend": "gloo"})
+        program = [sys.executable, "-m", "fipo_trl.engines.serve_cpu"]
     # Dev mode has the endpoints through which TRL synchronizes weights
-    return "VLLM_SERVER_DEV_MODE=1 " + shlex.join(["vllm", *command[command.index("serve") :]])
+    return "VLLM_SERVER_DEV_MODE=1 " + shlex.join([*program, *arguments])
 
 
 def main(arguments: list[str]):
@@ -58,6 +70,7 @@ def main(arguments: list[str]):
     _, settings = parser.parse_known_args(arguments)
     without_gpu = [] if torch.cuda.is_available() else ["--use_cpu", "true"]  # a login node
     try:
-        print(vllm_server_command(read_and_validate([*settings, *without_gpu])))
+        on_cpu = "use_cpu" in read(settings).names and read_and_validate(settings).training.use_cpu
+        print(vllm_server_command(read_and_validate([*settings, *without_gpu]), on_cpu))
     except ValueError as error:
         sys.exit(f"error: {error}")

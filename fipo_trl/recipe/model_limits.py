@@ -6,6 +6,7 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config,
 from trl import ModelConfig
 
 from fipo_trl.recipe.validate import Recipe
+from fipo_trl.trainer.engine import QUANTIZED_BASE
 
 
 # Public models, from the config.json of each, so that none must be downloaded to be asked about
@@ -85,6 +86,8 @@ def impossible(recipe: Recipe, config: PretrainedConfig, world_size: int) -> lis
         )
     if not args.use_vllm:
         return reasons
+    if recipe.model.load_in_4bit or recipe.model.load_in_8bit:
+        reasons.append(QUANTIZED_BASE)
     if args.vllm_max_model_length is not None and args.vllm_max_model_length < longest:
         reasons.append(
             f"vllm_max_model_length={args.vllm_max_model_length} is less than max_prompt_length="

@@ -2,8 +2,9 @@
 
 It reads as a list of the methods of TRL that are overridden. The work is done elsewhere: groups that are sampled ahead
 (`rollouts.py`, by the rules of `dynamic_sampling.py`), micro-batches without padding (`length_grouping.py`), checks of
-the engine (`engine.py`), the scope of a loss (`loss_scope.py`), checks of rewards (`reward_calls.py`), a checkpoint of
-what fails (`last_update.py`), exact resuming (`resume.py`), metrics (`metrics.py`).
+the engine (`engine.py`), the client of its server (`vllm_server.py`), the scope of a loss (`loss_scope.py`), checks of
+rewards (`reward_calls.py`), a checkpoint of what fails (`last_update.py`), exact resuming (`resume.py`), metrics
+(`metrics.py`).
 """
 
 import inspect
@@ -24,7 +25,7 @@ from fipo_trl.engines import vllm_cpu
 from fipo_trl.objective.influence import InfluenceStatistics, PolicyStatistics, policy_statistics
 from fipo_trl.trainer.dapo_config import DAPOConfig
 from fipo_trl.trainer.dynamic_sampling import DynamicSampler
-from fipo_trl.trainer.engine import EngineMismatch, check_ends
+from fipo_trl.trainer.engine import EngineMismatch, check_base, check_ends
 from fipo_trl.trainer.last_update import LastUpdate
 from fipo_trl.trainer.length_grouping import LengthGrouping, log_probs_by_length
 from fipo_trl.trainer.loss_scope import LossScope
@@ -38,11 +39,12 @@ from fipo_trl.trainer.manifest import (
 )
 from fipo_trl.trainer.metrics import counters, generation_metrics
 from fipo_trl.trainer.prompts import check_prompts
-from fipo_trl.trainer.resume import resolve, restore_generation, save_generation
+from fipo_trl.trainer.resume import dtypes_kept, resolve, restore_generation, save_generation
 from fipo_trl.trainer.reward_calls import RewardCalls
 from fipo_trl.trainer.rollouts import GroupRollouts
 from fipo_trl.trainer.sharding import check_models_are_loaded
 from fipo_trl.trainer.trl_contract import check_attributes, check_contract
+from fipo_trl.trainer.vllm_server import server_client
 
 
 logger = get_logger(__name__)
@@ -95,7 +97,9 @@ class DAPOTrainer(GRPOTrainer):
         bound = inspect.signature(super().__init__).bind_partial(model, reward_funcs, args, *positional, **keywords)
         check_prompts(bound.arguments.get("train_dataset"), bound.arguments.get("processing_class"))
         check_models_are_loaded(args, model, reward_funcs, bound.arguments.get("peft_config"))
-        super().__init__(*bound.args, **bound.kwargs)
+        check_base(args, model, bound.arguments.get("quantization_config"))
+        with server_client():
+            super().__init__(*bound.args, **bound.kwargs)
         check_attributes(self)
         self._reward_calls = RewardCalls(
             self.reward_funcs, self.reward_func_names, args.reward_timeout, args.reward_timeout_action
@@ -282,6 +286,10 @@ class DAPOTrainer(GRPOTrainer):
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
         save_generation(self, output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with dtypes_kept(self.model if model is None else model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

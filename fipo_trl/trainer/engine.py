@@ -1,19 +1,55 @@
 """Checks of the engine that samples: that it lets completions end where the policy ends them, and samples from it."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import Tensor
+from transformers import AutoConfig
 
 
 if TYPE_CHECKING:
-    from trl import GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer
 
 logger = get_logger(__name__)
 
+QUANTIZED_BASE = (
+    "use_vllm=True with a base in 4 or 8 bits (bitsandbytes) does not train the policy that samples: for every "
+    "generation TRL merges the adapter into the quantized weights and takes it out again. Both round, so that vLLM "
+    "samples from another policy, and the base drifts away from the one for which the adapter is saved. vLLM 0.28 and "
+    "later do not load such weights either. Set use_vllm=False, or load the base in bfloat16 (without load_in_4bit, "
+    "load_in_8bit or quantization_config)."
+)
 MISMATCH_BOUND = 0.05  # nats per token, the mean: bf16 alone stays below 0.03; stale weights soon exceed it
+
+
+def check_base(args: "GRPOConfig", model: Any, quantization_config: Any = None):
+    """Refuse a base in 4 or 8 bits that vLLM is to sample from. Call it before the model is loaded.
+
+    Args:
+        args: The configuration, which says whether vLLM samples.
+        model: Of the trainer: loaded, or its name.
+        quantization_config: Of the trainer, if it has one.
+
+    Raises:
+        ValueError: naming the fix.
+    """
+    if not args.use_vllm:
+        return
+    if not isinstance(model, str):
+        quantized = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+    else:
+        settings = args.model_init_kwargs or {}
+        quantization = quantization_config or settings.get("quantization_config")
+        if quantization is None:
+            known = {name: settings[name] for name in ("revision", "trust_remote_code") if name in settings}
+            quantization = getattr(AutoConfig.from_pretrained(model, **known), "quantization_config", None) or {}
+        if not isinstance(quantization, dict):
+            quantization = quantization.to_dict()
+        quantized = quantization.get("load_in_4bit", False) or quantization.get("load_in_8bit", False)
+    if quantized:
+        raise ValueError(QUANTIZED_BASE)
 
 
 def check_ends(trainer: "GRPOTrainer"):

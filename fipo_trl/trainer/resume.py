@@ -2,12 +2,15 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from torch import nn
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -143,6 +146,19 @@ def resolve(trainer: "DAPOTrainer", resume_from_checkpoint: str | bool | None) -
 
 
 # The generation at hand
+
+
+@contextmanager
+def dtypes_kept(model: nn.Module) -> Iterator[None]:
+    """While a checkpoint is loaded: trained weights keep their dtypes.
+
+    PEFT makes float32 of any adapter that it loads. TRL trains one in bfloat16 where the base is in 4 or 8 bits.
+    """
+    before = {name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad}
+    yield
+    for name, weight in model.named_parameters():
+        if weight.dtype != before.get(name, weight.dtype):
+            weight.data = weight.data.to(before[name])
 
 
 def generation_layout(args: "DAPOConfig") -> dict[str, int]:

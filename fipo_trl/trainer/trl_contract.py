@@ -31,6 +31,7 @@ OVERRIDDEN = {
     "get_train_dataloader": "",
     "_get_train_sampler": "dataset",
     "_save_optimizer_and_scheduler": "output_dir",
+    "_load_from_checkpoint": "resume_from_checkpoint, model",
     "_load_optimizer_and_scheduler": "checkpoint",
     "_maybe_log_save_evaluate": "...",
     "_run_epoch": "...",
@@ -51,6 +52,18 @@ CALLED = {
     "_get_output_dir": "trial",
     "_save_checkpoint": "model, trial",
     "create_model_card": "model_name, dataset_name",
+}
+# Methods of TRL's client of a vLLM server, which `vllm_server.py` overrides or calls: all their parameters
+OF_CLIENT = {
+    "__init__": "...",
+    "init_communicator": "device",
+    "update_named_params": "metadata, named_params",
+    "reset_prefix_cache": "",
+    "generate": "...",
+    "get_world_size": "",
+    "_post": "url, kwargs",
+    "_start_weight_update": "",
+    "_finish_weight_update": "",
 }
 GENERATED = 8  # values that `_generate` returns
 # Attributes of every trainer
@@ -110,6 +123,22 @@ def check_contract(trainer_class: type = GRPOTrainer):
     _refuse(faults)
 
 
+def check_client(client_class: type):
+    """Refuse a TRL whose client of a vLLM server is another.
+
+    Raises:
+        RuntimeError: as `check_contract`.
+    """
+    faults = []
+    for name, parameters in OF_CLIENT.items():
+        method = getattr(client_class, name, None)
+        if not callable(method):
+            faults.append(f"{name} is missing")
+        elif parameters != "..." and _names(method) != parameters:
+            faults.append(f"{name}({parameters}) is {name}({_names(method)}) now")
+    _refuse(faults, "VLLMClient")
+
+
 def check_attributes(trainer: GRPOTrainer):
     """Refuse a trainer without an attribute that is read or set. Call it when TRL's `__init__` is through.
 
@@ -127,10 +156,10 @@ def check_attributes(trainer: GRPOTrainer):
         )
 
 
-def _refuse(faults: list[str]):
+def _refuse(faults: list[str], owner: str = "GRPOTrainer"):
     if faults:
         raise RuntimeError(
-            f"TRL {trl.__version__} is not what fipo_trl relies on. In GRPOTrainer:\n"
+            f"TRL {trl.__version__} is not what fipo_trl relies on. In {owner}:\n"
             + "".join(f"  {fault}\n" for fault in faults)
             + f'Tested are TRL {", ".join(TESTED)}: pip install "trl=={TESTED[-1]}"'
         )

@@ -255,6 +255,7 @@ def test_whether_fipo_acts(flags, sentence):
         (["--vllm_max_model_length", "22527"], "Set 22528"),
         (["--max_completion_length", "131072", "--vllm_max_model_length", "133120"], "does not hold 133120 tokens"),
         (["--max_completion_length", "131072", "--use_vllm", "false"], "does not hold 133120 tokens"),
+        (["--use_peft", "true", "--load_in_4bit", "true"], "use_vllm=True with a base in 4 or 8 bits"),
     ],
 )
 def test_impossible_settings(flags, reason):

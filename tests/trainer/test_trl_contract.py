@@ -17,11 +17,13 @@ from conftest import ROOT
 from packaging.specifiers import SpecifierSet
 from tiny import PROMPTS, fixed_rollouts, generate, longer_is_better, make_trainer, token_logps
 from trl import GRPOTrainer
+from trl.generation.vllm_client import VLLMClient
 
 import fipo_trl
 from fipo_trl import DAPOTrainer, FIPOTrainer
 from fipo_trl.trainer import trl_contract
-from fipo_trl.trainer.trl_contract import check_attributes, check_contract
+from fipo_trl.trainer.trl_contract import check_attributes, check_client, check_contract
+from fipo_trl.trainer.vllm_server import ServerClient
 
 
 @pytest.fixture
@@ -292,6 +294,22 @@ def names_used():
                 if isinstance(node, ast.Attribute) and ast.unparse(node.value) in owners
             }
     return names
+
+
+def test_this_trl_has_the_client_that_is_extended():
+    check_client(VLLMClient)
+    methods = {name for name in vars(ServerClient) if not name.startswith("__") and hasattr(VLLMClient, name)}
+    assert methods <= trl_contract.OF_CLIENT.keys()
+
+    class Other(VLLMClient):
+        def update_named_params(self, named_params):
+            pass
+
+    expected = (
+        r"In VLLMClient:\n  update_named_params\(metadata, named_params\) is update_named_params\(named_params\)"
+    )
+    with pytest.raises(RuntimeError, match=expected):
+        check_client(Other)
 
 
 @pytest.mark.parametrize("method", sorted(trl_contract.OVERRIDDEN.keys() | trl_contract.CALLED.keys()))

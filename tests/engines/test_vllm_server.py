@@ -1,0 +1,150 @@
+"""Rollouts and weight sync with a `vllm serve` of its own, over gloo: vLLM's server, TRL's client, no GPU."""
+
+import contextlib
+import importlib.util
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+import torch
+from cpu_ranks import FSDP2, Ranks, free_port
+from held import PATIENCE, REWARD, HeldRun, lives
+from sync_on_ranks import check
+from tiny import BASE
+
+from fipo_trl.trainer.vllm_server import ServerClient
+
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed", allow_module_level=True)
+if torch.cuda.is_available():
+    pytest.skip("vLLM runs on the GPU", allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+FIPO_TRL = [sys.executable, "-m", "fipo_trl"]
+RECIPE = ["--config", "recipes/tiny/fipo_vllm.yaml", "--vllm_mode", "server", "--vllm_server_host", "127.0.0.1"]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+class Server:
+    """The server that the command prints, with weights in float32: only wrong weights make it differ from a trainer.
+
+    Args:
+        folder: For what it prints.
+        port: At which it listens.
+    """
+
+    def __init__(self, folder: Path, port: int):
+        printed = subprocess.check_output(
+            [*FIPO_TRL, "vllm-server-command", *RECIPE, "--vllm_server_port", str(port)], text=True, cwd=ROOT
+        )
+        variable, *command = shlex.split(printed)
+        name, value = variable.split("=")
+        self.url, self.log = f"http://127.0.0.1:{port}", folder / f"server_log_{time.monotonic_ns()}"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*command, "--dtype", "float32", "--enforce-eager"],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=os.environ | {name: value, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+            )
+
+    def wait(self):
+        """Until it answers."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            with contextlib.suppress(requests.ConnectionError):
+                if requests.get(f"{self.url}/health", timeout=PATIENCE).status_code == 200:
+                    return
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.2)
+
+    def kill(self):
+        """With -9. Its other processes are left to clean up, and must not outlive the test."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            others = psutil.Process(self.process.pid).children(recursive=True)
+            self.process.kill()
+            self.process.wait()
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                deadline = time.monotonic() + 30
+                for process in filter(lives, others):
+                    process.send_signal(number)
+                while any(map(lives, others)) and time.monotonic() < deadline:
+                    time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def port():
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, port):
+    server = Server(tmp_path_factory.mktemp("server"), port)
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory, server):
+    """Imports while the server starts."""
+    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
+    server.wait()
+    yield ranks
+    ranks.close()
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("launch", [(), FSDP2], ids=["one process", "FSDP2"])
+def test_trained_weights_reach_the_server(tmp_path, ranks, port, launch, lora):
+    settings = {"vllm_mode": "server", "vllm_server_host": "127.0.0.1", "vllm_server_port": port}
+    settings |= {"vllm_group_port": free_port()}
+    processes = 2 if launch else 1
+    returned = ranks.run("sync_on_ranks:train", tmp_path, BASE, lora, settings, processes=processes, launch=launch)
+    if launch:
+        assert {rank["held"]["tensors"] for rank in returned} == {"DTensor"}
+    check(returned[0])
+
+
+def test_a_server_that_dies_ends_the_run_with_a_checkpoint_and_a_new_one_lets_it_go_on(tmp_path, server, ranks, port):
+    settings = ["--accelerate_config", "two_cpu_processes", "--main_process_port", "0", *RECIPE, *REWARD]
+    settings += ["--per_device_train_batch_size", "8", "--max_steps", "24", "--vllm_server_port", str(port)]
+    settings += ["--vllm_group_port", str(free_port()), "--output_dir", str(tmp_path / "out")]
+    command = [*FIPO_TRL, "train", *settings]
+    with HeldRun(command, tmp_path / "held", generation=2, processes=2) as run:
+        server.kill()
+        assert run.let_go() == 1
+        log = run.log.read_text()
+    checkpoint = tmp_path / "out" / "checkpoint-16"
+    assert f"ConnectionError: The vLLM server at {server.url} does not answer" in log
+    assert f"after update 16. The checkpoint of that update is {checkpoint}" in log
+    again = Server(tmp_path, port)  # the run waits for it
+    try:
+        ended = subprocess.run(
+            [*command, "--resume_from_checkpoint", "latest"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+        )
+    finally:
+        again.kill()
+    assert ended.returncode == 0, ended.stdout
+    assert "Trained for 24 updates." in ended.stdout
+
+
+def test_a_server_that_waits_for_nccl_is_refused(monkeypatch):
+    client = object.__new__(ServerClient)  # without a server
+    client.base_url = "http://node3:8000"
+    monkeypatch.setattr(client, "get_server_info", lambda: {"weight_transfer_config": {"backend": "nccl"}})
+    with pytest.raises(ValueError, match=r"at http://node3:8000 cannot take.* is nccl, not gloo.*vllm-server-command"):
+        client.init_communicator(torch.device("cpu"))
