@@ -207,6 +207,7 @@ ARMS_DIFFER_IN = {
     "Qwen2.5-32B/fipo_lora.yaml": METHOD,
     "Qwen2.5-7B/fipo_lora.yaml": METHOD,
     "Qwen2.5-1.5B/fipo.yaml": METHOD,
+    "Qwen2.5-Coder-1.5B/fipo.yaml": METHOD,
     "SmolLM2-135M/fipo_lora.yaml": METHOD,
 }
 

@@ -27,6 +27,9 @@ import pytest
             ["keep rate", "least possible", "auto", "3x (DAPO)", "4x (FIPO)"],
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            "code-reward", ["isolated, ms", "limits only, ms", "isolation, ms", "answers/s"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_quick(command, columns):
@@ -40,6 +43,8 @@ def test_quick(command, columns):
         errors = [float(cell) for cell in re.findall(r" (\de[-+]\d\d) \|", rows[0])]
         assert len(errors) == 3
         assert max(errors) < 1e-5  # all three compute the same thing
+    if command == "code-reward":
+        assert "2 answers of 0.1 s of CPU time, 2 right" in run.stdout
     if command == "update":
         shares = [float(share) for share in rows[1].split("|")[-2].split(",")]
         grouped, grpo, ungrouped, trimmed = shares
