@@ -162,7 +162,7 @@ def outcomes(program: str, tests: dict, sandbox: Sandbox) -> tuple[bool, ...]:
     kind = "calls" if "calls" in tests else "asserts"
     passed: list[bool] = []
     while (left := tests[kind][len(passed) :]) and time.monotonic() < end:
-        verdicts, waited = ask_for_verdicts(program, tests | {kind: left}, len(left), sandbox)
+        verdicts, waited = ask_for_verdicts(program, tests | {kind: left}, len(left), sandbox, end)
         if not verdicts:  # the program does not even come to its end
             break
         passed += [verdict == ord("1") for verdict in verdicts[1:]]
@@ -183,10 +183,10 @@ def lines_of(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
-def ask_for_verdicts(program: str, tests: dict, number: int, sandbox: Sandbox) -> tuple[bytes, float]:
+def ask_for_verdicts(program: str, tests: dict, number: int, sandbox: Sandbox, end: float) -> tuple[bytes, float]:
     """What `check` of `sandbox_inside.py` writes: "r", then a digit for each test, as far as it comes.
 
-    And how many seconds went by after the last one.
+    And how many seconds went by after the last one. It is waited for until `end`, of the monotonic clock.
     """
     ours, theirs = socket.socketpair()
     verdicts, writing = os.pipe()
@@ -196,17 +196,20 @@ def ask_for_verdicts(program: str, tests: dict, number: int, sandbox: Sandbox) -
                 sandbox.start("serve", [source.fileno(), ours.fileno()]),
                 sandbox.start("check", [asked.fileno(), theirs.fileno(), writing]),
             ):
-                for end in (ours, theirs):
-                    end.close()
+                for side in (ours, theirs):
+                    side.close()
                 os.close(writing)
                 writing = -1
                 said, since = b"", time.monotonic()
-                while len(said) <= number and (part := piece(verdicts, sandbox.limits.seconds)):
+                while len(said) <= number:
+                    part = piece(verdicts, min(sandbox.limits.seconds, end - time.monotonic()))
+                    if not part:
+                        break
                     said, since = said + part, time.monotonic()
                 return said, time.monotonic() - since
         finally:
-            for end in (ours, theirs):
-                end.close()
+            for side in (ours, theirs):
+                side.close()
             os.close(verdicts)
             if writing >= 0:
                 os.close(writing)

@@ -14,8 +14,8 @@ import functools
 import logging
 import os
 import platform
-import random
 import resource
+import secrets
 import select
 import shutil
 import signal
@@ -66,16 +66,17 @@ class Limits:
 
     def of_kernel(self, isolated: bool) -> dict[str, int]:
         """By the names of `resource`, without `RLIMIT_`."""
-        limits = {"CPU": self.cpu_seconds, "AS": self.memory, "FSIZE": self.disk, "NOFILE": self.files, "CORE": 0}
+        limits = {"CPU": self.cpu_seconds, "FSIZE": self.disk, "NOFILE": self.files, "CORE": 0}
+        if sys.platform != "darwin":  # macOS sets no such limit
+            limits["AS"] = self.memory
         if isolated:  # else it would count all processes of the user
             limits["NPROC"] = self.processes
-        return {
-            name: value
-            if (most := resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[1]) < 0
-            else min(value, most)
-            for name, value in limits.items()
-            if hasattr(resource, f"RLIMIT_{name}")
-        }
+        for name, value in limits.items():
+            most = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[
+                1
+            ]  # of this process, which it cannot exceed
+            limits[name] = value if most == resource.RLIM_INFINITY else min(value, most)
+        return limits
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ class Sandbox:
 
     Args:
         isolated: `False` leaves the limits and takes away all else.
-        limits: See [`Limits`]."""
+        limits: See [`Limits`].
+    """
 
     def __init__(self, isolated: bool = True, limits: Limits | None = None):
         self.isolated, self.limits = isolated, limits or Limits()
@@ -117,7 +119,8 @@ class Sandbox:
         Args:
             filters, options: Of [`bubblewrap`].
         """
-        user = random.choice(USERS) if self.isolated and os.geteuid() == 0 else -1
+        # Not from `random`, whose state belongs to the training
+        user = secrets.choice(USERS) if self.isolated and os.geteuid() == 0 else -1
         limits = ",".join(f"{name}={value}" for name, value in self.limits.of_kernel(self.isolated).items())
         around = bubblewrap(self.limits.disk, filters, **options) if self.isolated else []
         return [*around, real_python(), "-P", "-s", "-S", "-B", INSIDE, part, str(user), limits, *arguments]
@@ -289,9 +292,9 @@ def system_call_rules() -> bytes | None:
 # Whether there is a sandbox
 
 HOW_TO = (
-    "Install bubblewrap (Debian, Ubuntu: apt-get install bubblewrap; Fedora: dnf install bubblewrap). Where it is "
-    "installed and namespaces are not allowed: on Ubuntu sysctl kernel.apparmor_restrict_unprivileged_userns=0, on "
-    "Debian sysctl kernel.unprivileged_userns_clone=1; a container needs --security-opt seccomp=unconfined "
+    "Install bubblewrap 0.8 or newer (Debian, Ubuntu: apt-get install bubblewrap; Fedora: dnf install bubblewrap). "
+    "Where it is installed and namespaces are not allowed: on Ubuntu "
+    "sysctl kernel.apparmor_restrict_unprivileged_userns=0, on Debian sysctl kernel.unprivileged_userns_clone=1; a container needs --security-opt seccomp=unconfined "
     "--security-opt apparmor=unconfined, and --cap-add SYS_ADMIN where it runs as root. To run programs of a model "
     "without isolation, as the user who trains and with limits only, set allow_unsandboxed: true."
 )

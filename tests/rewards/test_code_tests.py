@@ -437,10 +437,11 @@ def test_an_answer_has_an_end_however_many_tests_there_are(monkeypatch):
     start = time.monotonic()
     assert score("import time\nprint(input())\ntime.sleep(0.6)", tests) == pytest.approx(1 / 101)
     assert time.monotonic() - start < 10
-    looping = {"asserts": ["assert f() == 1"] * 100, "setup": "", "names": ["f"]}
-    start = time.monotonic()
-    assert score("def f():\n    while True:\n        pass", looping) == 0
-    assert time.monotonic() - start < 15
+    asserts = {"asserts": ["assert f() == 1"] * 100, "setup": "", "names": ["f"]}
+    for ending in ("while True:\n        pass", "import time; time.sleep(0.4)\n    return 1"):
+        start = time.monotonic()
+        assert score(f"def f():\n    {ending}", asserts) < 0.1
+        assert time.monotonic() - start < 15
 
 
 def test_the_same_program_is_run_once(monkeypatch):

@@ -1,4 +1,4 @@
-"""The 60 programming problems of this repository: right programs pass their tests, and wrong ones do not."""
+"""The programming problems of this repository: right programs pass their tests, and wrong ones do not."""
 
 import json
 import sys
@@ -27,16 +27,26 @@ def rows():
     return {split: list(zip(splits[split], tests[split], strict=True)) for split in splits}
 
 
+def easy_rows():
+    """Names and tests of the functions of one line, whose rows are as a trainer reads them."""
+    splits = load_splits(str(ROOT / "recipes/code/easy"))
+    return {split: [(json.loads(each)["names"][0], each) for each in splits[split]["tests"]] for split in splits}
+
+
 def test_each_problem_stands_once_and_in_one_split(rows):
     assert {split: len(found) for split, found in rows.items()} == {"train": 48, "test": 12}
     found = [row for split in rows.values() for row, _ in split]
-    assert {row["name"] for row in found} == SOLUTIONS.keys()
+    easy = easy_rows()
+    assert {split: len(found) for split, found in easy.items()} == {"train": 24, "test": 8}
+    names = {f"easy: {name}" for split in easy.values() for name, _ in split}
+    assert {row["name"] for row in found} | names == SOLUTIONS.keys()
     assert len({row["problem"] for row in found}) == 60
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is made of what Linux has")
 def test_what_is_right_passes_and_what_is_wrong_does_not(rows):
     found = [(row["name"], tests) for split in rows.values() for row, tests in split]
+    found += [(f"easy: {name}", tests) for split in easy_rows().values() for name, tests in split]
     tests = [each for _, each in found]
     for kind, expected in [("right", 1.0), ("wrong", 0.0)]:
         answers = [f"So:\n```python\n{SOLUTIONS[name][kind]}\n```" for name, _ in found]
