@@ -293,10 +293,11 @@ def system_call_rules() -> bytes | None:
 
 HOW_TO = (
     "Install bubblewrap 0.8 or newer (Debian, Ubuntu: apt-get install bubblewrap; Fedora: dnf install bubblewrap). "
-    "Where it is installed and namespaces are not allowed: on Ubuntu "
-    "sysctl kernel.apparmor_restrict_unprivileged_userns=0, on Debian sysctl kernel.unprivileged_userns_clone=1; a container needs --security-opt seccomp=unconfined "
-    "--security-opt apparmor=unconfined, and --cap-add SYS_ADMIN where it runs as root. To run programs of a model "
-    "without isolation, as the user who trains and with limits only, set allow_unsandboxed: true."
+    "Where it is installed and namespaces are not allowed: on Ubuntu sysctl "
+    "kernel.apparmor_restrict_unprivileged_userns=0, on Debian sysctl kernel.unprivileged_userns_clone=1; a container "
+    "needs --security-opt seccomp=unconfined --security-opt apparmor=unconfined, and --cap-add SYS_ADMIN where it "
+    "runs as root. To run programs of a model without isolation, as the user who trains and with limits only, set "
+    "allow_unsandboxed: true."
 )
 PROBE = """
 import os, signal, socket

@@ -6,8 +6,11 @@ bubblewrap must be there: on Linux these tests fail without it. `make test` inst
 import json
 import os
 import pickle
+import shutil
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from functools import partial
@@ -391,6 +394,27 @@ def test_a_name_of_python_is_not_the_programs_unless_it_is_said():
     assert score(program, tests | {"names": ["f", "sorted"]}) == 0.5
 
 
+def test_a_program_cannot_answer_for_names_that_are_not_its_own():
+    """It answers by itself, in place of the sandbox, and says that it has Python's functions, too."""
+    program = """
+import os, socket
+for number in range(3, 64):
+    try:
+        channel = socket.socket(fileno=number)
+        break
+    except OSError:
+        pass
+names = '["value", ["dict", ["f", ["kept", 0]], ["set", ["kept", 0]], ["abs", ["kept", 0]], ["math", ["kept", 0]]]]\\n'
+file = channel.makefile("rw")
+for line in file:
+    file.write(names if '"names"' in line else '["value", 0]\\n')
+    file.flush()
+"""
+    asserts = ["assert set(f(1)) == set((1,))", "assert abs(f(1) - 3) < 0.1", "assert math.prod((f(1), 2)) == 2"]
+    tests = {"asserts": [*asserts, "assert f(1) == 0"], "setup": "import math", "names": ["f"]}
+    assert code_tests.outcomes(program, tests, Sandbox()) == (False, False, False, True)
+
+
 def test_a_method_of_a_solution():
     tests = {"function": "twoSum", "calls": [[[[2, 7], 9], [[0, 1]]]]}
     assert score("class Solution:\n    def twoSum(self, numbers, target):\n        return 0, 1", tests) == 1
@@ -499,6 +523,46 @@ def test_programs_run_at_the_same_time_and_share_the_cores_with_other_processes(
     start = time.monotonic()
     code_reward(programs, [json.dumps(SQUARE)] * 8)
     assert time.monotonic() - start < 6
+
+
+# As another user than root, whose sandbox is made in another way
+
+SYSTEM_PYTHON = "/usr/bin/python3"  # that of the tests may lie in root's home
+AS_A_USER = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("sandbox", sys.argv[1] + "/sandbox.py")
+sandbox = sys.modules["sandbox"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sandbox)
+print(sandbox.isolation_problem())
+made = sandbox.Sandbox(limits=sandbox.Limits(cpu_seconds=1, seconds=3.0))
+print(made.run("import os; print(os.getuid() == 0, os.path.exists(" + repr(sys.argv[1] + "/canary") + "))"))
+print(made.run("import os\\nwhile True:\\n    try:\\n        os.fork()\\n    except OSError:\\n        pass").status)
+print(made.run("import ctypes; print(ctypes.CDLL(None).unshare(0x10000000))").output)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="all tests run as such a user")
+@pytest.mark.skipif(not os.path.exists(SYSTEM_PYTHON), reason="there is no Python that another user can read")
+def test_as_another_user(nothing_is_left):
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        folder.chmod(0o755)
+        (folder / "canary").touch()
+        for source in (sandbox.__file__, sandbox.INSIDE):
+            shutil.copy(source, folder)
+        command = [SYSTEM_PYTHON, "-c", AS_A_USER, str(folder)]
+        run = subprocess.run(
+            command, user=65534, group=65534, extra_groups=[], capture_output=True, text=True, cwd="/"
+        )
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.splitlines() == [
+            "None",
+            r"Ended(output=b'False False\n', status=0)",
+            "None",
+            r"b'-1\n'",
+        ]
+    finally:
+        shutil.rmtree(folder)
 
 
 # Where there is no sandbox
