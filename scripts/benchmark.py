@@ -4,13 +4,15 @@
     OMP_NUM_THREADS=2 python scripts/benchmark.py update
     OMP_NUM_THREADS=2 python scripts/benchmark.py memory
     OMP_NUM_THREADS=2 python scripts/benchmark.py monitoring
+    OMP_NUM_THREADS=1 python scripts/benchmark.py evaluation
     python scripts/benchmark.py dynamic-sampling
     python scripts/benchmark.py code-reward
 
 `future-kl` times Future-KL against the matrix product of the official code, a serial scan and one pass of `exp`;
 `update` times optimizer updates of TRL's GRPOTrainer and of FIPOTrainer on the same completions, of equal and of
 long-tailed lengths; `memory` measures what the influence weights add to an update, `monitoring` what metrics and
-collapse alarm add; `dynamic-sampling` counts, without a model, how many groups are sampled for one that is trained on;
+collapse alarm add; `evaluation` times the answers to the tiny task's held-out problems, in batches of several sizes;
+`dynamic-sampling` counts, without a model, how many groups are sampled for one that is trained on;
 `code-reward` times programs in the sandbox and out of it, and the reward over answers that take long.
 All that a row compares takes turns in the same run, and a time is the median of these rounds. Other load spoils the
 times: look at `uptime` first. With `--quick` every subcommand takes seconds, to see that it works; its times mean
@@ -44,9 +46,13 @@ from trl import GRPOTrainer
 
 from fipo_trl import DAPOConfig, DAPOTrainer, FIPOConfig, FIPOTrainer
 from fipo_trl.analysis.collapse import CollapseAlarm
+from fipo_trl.data.sources import load_splits
+from fipo_trl.evaluation.exam import Exam, metrics_of
+from fipo_trl.evaluation.sampling import transformers_sampler
 from fipo_trl.objective.future_kl import future_kl
 from fipo_trl.objective.influence import influence_weights
 from fipo_trl.rewards.code_tests import code_accuracy, code_reward, outcomes
+from fipo_trl.rewards.names import load_reward
 from fipo_trl.rewards.sandbox import Sandbox, at_once
 from fipo_trl.trainer.dynamic_sampling import DynamicSampler, PromptStream
 
@@ -375,6 +381,40 @@ def run_memory(args):
     )
 
 
+# Evaluation
+
+
+def run_evaluation(args):
+    tokenizer = AutoTokenizer.from_pretrained(TINY_BASE)
+    model = AutoModelForCausalLM.from_pretrained(TINY_BASE).eval().to(args.device)
+    columns = load_splits(str(TINY_BASE.parent / "data"))["test"][: args.problems]
+    prompt_ids = tokenizer(columns["prompt"])["input_ids"]
+    accuracy_of = load_reward("running_sums.exact_answer", folder=str(TINY_BASE.parent))
+    exam = Exam(columns, prompt_ids, accuracy_of, tokenizer, [tokenizer.eos_token_id])
+    max_tokens = model.config.max_position_embeddings - max(map(len, prompt_ids))
+    sampler = transformers_sampler(model, exam.end_ids, temperature=1.0, top_p=args.top_p, max_tokens=max_tokens)
+    accuracy = {size: [] for size in args.batch_sizes}
+
+    def answer(size):
+        batches = exam.answers(sampler, args.samples, size, torch.initial_seed())
+        samples = [row for batch in batches for row in batch.values()]
+        accuracy[size].append(metrics_of(samples, exam.has_answers)[f"avg@{args.samples}"].mean())
+
+    functions = {size: partial(answer, size) for size in args.batch_sizes}
+    times = medians(functions, dict.fromkeys(functions, args.rounds), args.device)
+    rows = []
+    for size in args.batch_sizes:
+        row = {"batch_size": str(size), "s": f"{times[size]:.2f}"}
+        row["times as fast"] = f"{times[args.batch_sizes[0]] / times[size]:.1f}"
+        row[f"avg@{args.samples}"] = f"{mean(accuracy[size]):.1%}"
+        rows.append(row)
+    report(
+        rows,
+        f"{len(prompt_ids)} problems x {args.samples} answers of the tiny base model, with transformers at top-p "
+        f"{args.top_p}. A batch_size of\n{args.samples} is one problem at a time. The accuracy is that of all rounds.",
+    )
+
+
 # Dynamic sampling
 
 
@@ -487,6 +527,7 @@ QUICK = {  # what --quick sets
     "update": {"rounds": 1, "longest": 32, "sequences": 8, "micro_batches": [4]},
     "monitoring": {"rounds": 1, "longest": 32, "sequences": 8, "micro_batches": [4]},
     "memory": {"rounds": 2, "slow_rounds": 1, "shapes": ["2x64", "2x300"]},
+    "evaluation": {"rounds": 1, "problems": 4, "batch_sizes": [8, 32]},
     "dynamic-sampling": {"rounds": 5, "prompts": 64},
     "code-reward": {"rounds": 3, "answers": 2, "seconds": 0.1},
 }
@@ -517,6 +558,7 @@ def parse(argv=None):
     update = add("update", run_update, 3, "time of an optimizer update, with and without grouping by length")
     monitoring = add("monitoring", run_monitoring, 5, "time of an optimizer update, with and without monitoring")
     memory = add("memory", run_memory, 30, "peak memory of influence_weights, and its time beside that of the model")
+    evaluation = add("evaluation", run_evaluation, 3, "time of an evaluation with transformers, by its batch size")
     sampling = add("dynamic-sampling", run_dynamic_sampling, 100, "groups sampled per group trained on")
     sampling.add_argument("--prompts", type=int, default=512, help="of a generation batch")
     code = add("code-reward", run_code_reward, 60, "time of programs in the sandbox, and of the reward for them")
@@ -540,6 +582,11 @@ def parse(argv=None):
     memory.add_argument("--shapes", nargs="+", metavar="BxT", default=shapes.split(), help="inputs")
     memory.add_argument("--slow-rounds", type=int, default=3, help="runs of the model")
     memory.add_argument("--most-tokens", type=int, default=20480, help="largest B x T that the model is run on")
+
+    evaluation.add_argument("--problems", type=int, default=200, help="of the held-out ones, at most")
+    evaluation.add_argument("--samples", type=int, default=8, help="answers to each")
+    evaluation.add_argument("--top-p", type=float, default=1.0, help="of sampling")
+    evaluation.add_argument("--batch-sizes", nargs="+", type=int, default=[8, 256, 1600], help="answers at once")
 
     args = parser.parse_args(argv)
     for name, value in QUICK[args.command].items() if args.quick else ():

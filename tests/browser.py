@@ -12,6 +12,8 @@ import subprocess
 import tempfile
 import time
 
+from held import PATIENCE
+
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
@@ -42,29 +44,30 @@ class Browser:
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
+        self.call("Performance.enable", timeDomain="threadTicks")
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def close(self):
         self.session = None
         self.call("Browser.close")
-        self.process.wait(timeout=20)
+        self.process.wait(timeout=PATIENCE)
         os.close(self.input)
         os.close(self.output)
         self.profile.cleanup()
 
-    def call(self, method, timeout=60, **params):
+    def call(self, method, **params):
         """Send a command and wait for its answer."""
         self.number += 1
         message = {"id": self.number, "method": method, "params": params}
         if self.session:
             message["sessionId"] = self.session
         os.write(self.output, json.dumps(message).encode() + b"\0")
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + PATIENCE
         while True:
             while b"\0" not in self.received:
                 ready, _, _ = select.select([self.input], [], [], max(0.0, deadline - time.monotonic()))
                 if not ready:
-                    raise TimeoutError(f"Chromium did not answer {method} in {timeout} s.")
+                    raise TimeoutError(f"Chromium did not answer {method} in {PATIENCE} s.")
                 data = os.read(self.input, 1 << 20)
                 if not data:
                     raise ConnectionError("Chromium has ended.")
@@ -84,22 +87,24 @@ class Browser:
             raise RuntimeError(result["exceptionDetails"]["exception"].get("description", result))
         return result["result"].get("value")
 
-    def wait(self, expression, timeout=30):
-        """Wait until a JavaScript expression is true. Returns the seconds that it took."""
-        began = time.monotonic()
+    def wait(self, expression):
+        """Wait until a JavaScript expression is true."""
+        deadline = time.monotonic() + PATIENCE
         while not self.evaluate(expression):
-            if time.monotonic() - began > timeout:
-                raise TimeoutError(f"{expression} is not true after {timeout} s.")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{expression} is not true after {PATIENCE} s.")
             time.sleep(0.02)
-        return time.monotonic() - began
 
-    def open(self, path, timeout=60):
-        """Open a token credit page, until its first completion is shown. Returns the seconds that it took."""
-        began = time.monotonic()
+    def open(self, path):
+        """Open a token credit page, until its first completion is shown."""
         self.events.clear()
         self.call("Page.navigate", url=path.resolve().as_uri())
-        self.wait("document.querySelector('.tokens .t') !== null", timeout)
-        return time.monotonic() - began
+        self.wait("document.querySelector('.tokens .t') !== null")
+
+    def cpu_seconds(self):
+        """CPU time of the page's main thread up to now."""
+        metrics = self.call("Performance.getMetrics")["metrics"]
+        return next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
 
     def point_at(self, expression):
         """Move the mouse to the first line box of an element."""

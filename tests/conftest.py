@@ -16,10 +16,10 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is how the tests fi
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 
-@pytest.fixture(autouse=True)
-def in_root(monkeypatch):
-    """Recipes name files from the root of the repository. A test that goes elsewhere says so itself."""
-    monkeypatch.chdir(ROOT)
+@pytest.fixture(autouse=True, scope="session")
+def in_root():
+    """Recipes name files from the root of the repository. A test that goes elsewhere does so with monkeypatch."""
+    os.chdir(ROOT)
 
 
 @pytest.fixture(autouse=True)

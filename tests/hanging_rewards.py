@@ -19,10 +19,10 @@ def length(completions, **kwargs):
 
 
 def fails_once(completions, trainer_state, **kwargs):
-    """A service that goes down in the third generation, and is up again when the run goes on."""
-    random.random(), torch.rand(1)  # what a failed generation draws is no part of the run
+    """A service that goes down in the second generation, and is up again when the run goes on."""
     down = Path(os.environ[FOLDER], "down")
     if trainer_state.global_step >= 8 and down.exists():
+        random.random(), torch.rand(1)  # what a failed generation draws is no part of the run
         down.unlink()
         raise ConnectionError("the sandbox is gone")
     return [len(completion) / 10 for completion in completions]
@@ -34,19 +34,27 @@ def fails_once_on_one_process(completions, **kwargs):
     return length(completions)
 
 
-def hangs_once(completions, trainer_state, **kwargs):
-    """Hangs in the third generation, in sight of who waits for that."""
+def is_to_hang(trainer_state):
+    """In the second generation one process is, once; in sight of who waits for that, and the others are, too."""
+    if trainer_state.global_step < 8:
+        return False
     hang = Path(os.environ[FOLDER], "hang")
-    if trainer_state.global_step >= 8 and hang.exists():
+    try:
         hang.rename(hang.with_name("hangs"))
+    except FileNotFoundError:
+        hang.with_name("hangs_not").touch()
+        return False
+    return True
+
+
+def hangs_once(completions, trainer_state, **kwargs):
+    if is_to_hang(trainer_state):
         time.sleep(FOREVER)
     return [len(completion) / 10 for completion in completions]
 
 
 async def hangs_once_async(completions, trainer_state, **kwargs):
-    hang = Path(os.environ[FOLDER], "hang")
-    if trainer_state.global_step >= 8 and hang.exists():
-        hang.rename(hang.with_name("hangs"))
+    if is_to_hang(trainer_state):
         await asyncio.sleep(FOREVER)
     return [len(completion) / 10 for completion in completions]
 

@@ -1,6 +1,7 @@
 """A training that waits for its test at a generation of the test's choice, so that no signal races with its end.
 
-As a module of rewards this is imported by the training (`held.exact_answer`), so it imports little.
+So does an evaluation, at a batch. As a module of rewards this is imported by both (`held.exact_answer`), so it imports
+little.
 """
 
 import os
@@ -11,19 +12,23 @@ from pathlib import Path
 import psutil
 
 from recipes.tiny import running_sums
+from recipes.tiny.running_sums import predicted_answer  # noqa: F401  (an evaluation looks for it beside the reward)
 
 
 REWARD = ["--reward_funcs", "held.exact_answer"]
 PATIENCE = 600  # seconds; a loaded machine is slow, but it gets there
-_calls = 0
+_generations = 0
+_update = None  # after which the last one began
 
 
-def exact_answer(prompts: list[str], completions: list[str], **kwargs) -> list[float]:
-    """The tiny task's reward, called once per generation. Waits in the one that the environment names, if it does."""
-    global _calls
-    _calls += 1
+def exact_answer(prompts: list[str], completions: list[str], trainer_state=None, **kwargs) -> list[float]:
+    """The tiny task's reward. Waits in the generation (of an evaluation: batch) that the environment names, if any."""
+    global _generations, _update
+    if trainer_state is None or trainer_state.global_step != _update:  # else: another round of dynamic sampling
+        _generations += 1
+        _update = trainer_state and trainer_state.global_step
     folder, generation = os.environ.get("HELD_IN"), os.environ.get("HELD_AT")
-    if folder and _calls == int(generation):
+    if folder and _generations == int(generation):
         reached = Path(folder, f"reached_{os.environ.get('LOCAL_RANK', 0)}")
         reached.with_suffix(".new").write_text(str(os.getpid()))
         reached.with_suffix(".new").rename(reached)
@@ -33,7 +38,7 @@ def exact_answer(prompts: list[str], completions: list[str], **kwargs) -> list[f
 
 
 class HeldRun:
-    """A command that trains with `REWARD`, held at its `generation`-th generation until `let_go`.
+    """A command that trains with `REWARD`, held at its `generation`-th generation until `let_go`; else it is killed.
 
     Signals that it gets while it is held are handled there: training goes on to the end of the next update.
 

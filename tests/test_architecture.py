@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from conftest import ROOT
 
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fipo_trl"
 
 # Of each wing, what it may import of the package besides itself

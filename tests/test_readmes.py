@@ -10,17 +10,16 @@ import shlex
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 
 import fipo_trl
 from fipo_trl import commands
 from fipo_trl.recipe.read import Parser
 
 
-ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 READMES = [
     README,

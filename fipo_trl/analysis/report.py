@@ -251,6 +251,7 @@ def page(arms: dict[str, list[Run]], sections: list[str], missing: list[str]) ->
     return f"""<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Run report: {html.escape(", ".join(arms))}</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1240px; margin: 2em auto; padding: 0 1em; color: #222 }}

@@ -34,6 +34,6 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args(arguments[:1])
+    options = parser.parse_args(arguments[:1] or ["--help"])
     module = importlib.import_module(f"fipo_trl.commands.{COMMANDS[options.command][0]}")
     module.main(arguments[1:])

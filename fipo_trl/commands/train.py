@@ -88,15 +88,12 @@ def prepare(arguments: list[str]) -> tuple[Recipe, "DAPOTrainer", str | None]:
         logger.info(f"{written.path} sets the environment variable {name}={value}.")
     from fipo_trl.recipe.build import build
     from fipo_trl.trainer.folder_lock import hold_output_dir
-    from fipo_trl.trainer.manifest import refuse_changes
     from fipo_trl.trainer.resume import find_checkpoint
 
     training = recipe.training
     hold_output_dir(training)
     checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint, training.max_steps)
-    trainer = build(recipe)
-    refuse_changes(trainer, checkpoint)
-    return recipe, trainer, checkpoint
+    return recipe, build(recipe, checkpoint), checkpoint
 
 
 def leave_process_group(engine: Any = None):

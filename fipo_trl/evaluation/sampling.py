@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from torch.nn.functional import pad
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from fipo_trl.evaluation.saved_model import SavedModel
 
@@ -19,6 +20,7 @@ AT_ONCE = 256  # answers that are sampled together, at most; vLLM runs about as 
 # Tokens of prompts and answers that transformers holds together, at most: of Qwen2.5-7B, in bfloat16, their keys and
 # values take 30 GB
 TOKENS_AT_ONCE = 2**19
+SHRINK_AT = 0.25  # share of the answers of a batch after whose end transformers goes on with the others alone
 
 
 def default_batch_size(backend: str, context: int) -> int:
@@ -39,6 +41,8 @@ def transformers_sampler(
 ) -> Sampler:
     """Answers all prompts of a call in one batch, from a random state that the seed of its first prompt makes.
 
+    Long answers do not keep short ones in the batch: it shrinks when a part of them has ended.
+
     Args:
         policy: A causal language model of transformers or PEFT, in evaluation mode, on its device.
         end_ids: Tokens that end an answer, at least one.
@@ -47,15 +51,24 @@ def transformers_sampler(
     The sampler raises a `ValueError` if the batch does not fit into memory.
     """
     end_ids = list(end_ids)
+    ends = torch.tensor(end_ids, device=policy.device)
     generation = GenerationConfig(
         do_sample=True,
         temperature=temperature,
         top_p=top_p,
         top_k=0,
-        max_new_tokens=max_tokens,
         eos_token_id=end_ids,
         pad_token_id=end_ids[0],
+        return_dict_in_generate=True,  # with the cache
     )
+
+    def have_ended(ids):
+        """Which rows, (B,); an answer that ended before the last token is padded with one that ends answers."""
+        return torch.isin(ids[:, -1], ends)
+
+    def enough_have_ended(ids, scores, **kwargs):
+        """Whether generation stops, the same for all rows, (B,)."""
+        return (have_ended(ids).sum() >= SHRINK_AT * len(ids)).expand(len(ids))
 
     def until_end(ids: list[int]) -> list[int]:
         """Without the padding."""
@@ -69,11 +82,29 @@ def transformers_sampler(
         for row, prompt in enumerate(prompts):  # padded on the left
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
+        ids, mask, cache = ids.to(policy.device), mask.to(policy.device), None
+        generation.max_length = longest + max_tokens
+        answers: list[list[int]] = [[] for _ in prompts]
+        running = list(range(len(prompts)))  # which answers the rows of the batch are
         torch.manual_seed(seeds[0])
         try:
-            output = policy.generate(
-                input_ids=ids.to(policy.device), attention_mask=mask.to(policy.device), generation_config=generation
-            )
+            while running:
+                output = policy.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    generation_config=generation,
+                    stopping_criteria=StoppingCriteriaList([enough_have_ended]),
+                )
+                ids, cache = output.sequences, output.past_key_values
+                done = have_ended(ids) | (ids.shape[1] == generation.max_length)
+                for row in done.nonzero().flatten().tolist():
+                    answers[running[row]] = until_end(ids[row, longest:].tolist())
+                rest = (~done).nonzero().flatten()
+                running = [running[row] for row in rest.tolist()]
+                ids, mask = ids[rest], pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)[rest]
+                if running and cache is not None:  # without one (Mamba's) the next call reads all tokens again
+                    cache.reorder_cache(rest)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
@@ -81,7 +112,7 @@ def transformers_sampler(
                 f"Out of memory: {len(prompts)} answers of up to {max_tokens} tokens do not fit at once. Set a "
                 f"batch_size of less than {len(prompts)}, or let vLLM sample."
             ) from error
-        return [until_end(answer) for answer in output[:, longest:].tolist()]
+        return answers
 
     return sample
 

@@ -2,7 +2,16 @@
 
 from typing import Literal, NamedTuple
 
-from fipo_trl.planning.memory import ERROR_BAR, GIB, Part, engine_cache, memory_problems, rollout_memory, update_memory
+from fipo_trl.planning.memory import (
+    ERROR_BAR,
+    GIB,
+    Part,
+    engine_cache,
+    head_size,
+    memory_problems,
+    rollout_memory,
+    update_memory,
+)
 from fipo_trl.planning.paper import differences, paper_settings
 from fipo_trl.planning.plan import Plan
 from fipo_trl.recipe.model_limits import impossible
@@ -31,7 +40,7 @@ def cost(plan: Plan, mean_length: float) -> Cost:
     Prompts are left out.
     """
     count, config = plan.parameters, plan.config
-    attention = 2 * config.num_hidden_layers * config.hidden_size * mean_length
+    attention = 2 * config.num_hidden_layers * config.num_attention_heads * head_size(config) * mean_length
     forward = 2 * (count.total - (count.embedding if count.head else 0)) + attention
     kept = plan.training.generation_batch_size * mean_length
     sampled = kept * plan.oversampling

@@ -128,11 +128,14 @@ def head_memory(plan: Plan, tokens: int) -> float:
     return min(tokens, TOKEN_TILE) * WORD_TILE * 2 + 6 * tokens * hidden + weight_gradient
 
 
+def head_size(config: PretrainedConfig) -> int:
+    """Values of an attention head. In Qwen3, heads together may be wider than the hidden state."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def kv_width(config: PretrainedConfig) -> int:
     """Values per layer and token in the keys."""
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return (getattr(config, "num_key_value_heads", None) or heads) * width
+    return (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_size(config)
 
 
 def synchronizes_each_batch(args: DAPOConfig) -> bool:

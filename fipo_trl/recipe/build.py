@@ -25,12 +25,17 @@ if TYPE_CHECKING:  # imported when all else is known to be right: it takes secon
     from fipo_trl.trainer.dapo_trainer import DAPOTrainer
 
 
-def build(recipe: Recipe) -> "DAPOTrainer":
+def build(recipe: Recipe, checkpoint: str | None = None) -> "DAPOTrainer":
     """The trainer that a recipe describes, with its evaluation callback.
+
+    Args:
+        recipe: What is to be trained.
+        checkpoint: Folder from which it is to go on.
 
     Raises:
         ValueError: if the model is not named, a reward function, the data or the problems to evaluate on cannot be
-            loaded or do not fit each other, or the model cannot do what is asked of it.
+            loaded or do not fit each other, the model cannot do what is asked of it, or another run saved the
+            checkpoint.
     """
     arguments = trainer_arguments(recipe)
     problems, accuracy = load_evaluation(
@@ -43,8 +48,14 @@ def build(recipe: Recipe) -> "DAPOTrainer":
     from fipo_trl.evaluation.callback import EvaluationCallback
     from fipo_trl.trainer.dapo_trainer import DAPOTrainer
     from fipo_trl.trainer.fipo_trainer import FIPOTrainer
+    from fipo_trl.trainer.manifest import fingerprint, refuse_changes, run_of
 
-    trainer = {"fipo": FIPOTrainer, "dapo": DAPOTrainer}[recipe.run.trainer](**arguments)
+    trainer_class = {"fipo": FIPOTrainer, "dapo": DAPOTrainer}[recipe.run.trainer]
+    if checkpoint is not None:
+        rewards = [name_of(function) for function in arguments["reward_funcs"]]
+        data = fingerprint(arguments["train_dataset"])
+        refuse_changes(run_of(trainer_class.__name__, arguments["args"], rewards, data), checkpoint)
+    trainer = trainer_class(**arguments)
     if recipe.run.eval_problems:
         trainer.add_callback(EvaluationCallback(trainer, problems, accuracy, *recipe.eval_sampling))
     return trainer

@@ -2,7 +2,7 @@
 
 import os
 
-from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 from trl import ModelConfig
 
 from fipo_trl.recipe.validate import Recipe
@@ -22,6 +22,8 @@ MODELS = {
     "Qwen2.5-7B-Instruct": (Qwen2Config, 3584, 18944, 28, 28, 4, 152064, 32768, False),
     "Qwen2.5-Math-7B": (Qwen2Config, 3584, 18944, 28, 28, 4, 152064, 4096, False),
     "Qwen2.5-32B": (Qwen2Config, 5120, 27648, 64, 40, 8, 152064, 131072, False),
+    "Qwen3-1.7B-Base": (Qwen3Config, 2048, 6144, 28, 16, 8, 151936, 32768, True),
+    "Qwen3-4B-Base": (Qwen3Config, 2560, 9728, 36, 32, 8, 151936, 32768, True),
     "SmolLM2-135M": (LlamaConfig, 576, 1536, 30, 9, 3, 49152, 8192, True),
     "SmolLM2-135M-Instruct": (LlamaConfig, 576, 1536, 30, 9, 3, 49152, 8192, True),
 }

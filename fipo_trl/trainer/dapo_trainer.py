@@ -258,6 +258,10 @@ class DAPOTrainer(GRPOTrainer):
         with self._last_update.saved_on_failure():
             return super().train(checkpoint, *args, **kwargs)
 
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step < self.state.max_steps:  # transformers would make one update more than there are
+            super()._run_epoch(*args, **kwargs)
+
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._last_update.remember()
@@ -286,15 +290,19 @@ class DAPOTrainer(GRPOTrainer):
 
     # The model's card
 
-    def create_model_card(self, model_name: str | None = None, *args, **kwargs):
-        """TRL's, with the folder's name and the model's own path where the Hub knows no name for them."""
-        output_dir, hub_id = self.args.output_dir, self.hub_model_id
-        super().create_model_card(model_name or Path(hub_id or output_dir).name, *args, **kwargs)
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, *args, **kwargs):
+        """TRL's, with the folder's name and the paths of model and data where the Hub knows no name for them."""
+        output_dir, base = self.args.output_dir, get_config_model_id(self.model.config)
+        local_data = dataset_name if dataset_name and os.path.exists(dataset_name) else None
+        name = model_name or Path(self.hub_model_id or output_dir).name
+        super().create_model_card(name, None if local_data else dataset_name, *args, **kwargs)
         card = Path(output_dir, "README.md")
         if self.is_world_process_zero():
             text = card.read_text()
-            base = get_config_model_id(self.model.config)
-            text = text.replace("[None](https://huggingface.co/None)", f"`{base}`" if base else "a model")
+            if not base or os.path.isdir(base):
+                text = text.replace("[None](https://huggingface.co/None)", f"`{base}`" if base else "a model")
+            if local_data:
+                text = text.replace("\nIt has been trained", f"\nIt has been trained on `{local_data}`", 1)
             card.write_text(text.replace('model="None"', f'model="{os.path.normpath(output_dir)}"'))
 
 

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,7 @@ from transformers.trainer_utils import sort_checkpoints
 
 
 if TYPE_CHECKING:
+    from fipo_trl.trainer.dapo_config import DAPOConfig
     from fipo_trl.trainer.dapo_trainer import DAPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -140,7 +142,7 @@ def write_manifest(trainer: "DAPOTrainer", folder: Path):
         files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
         manifest = {
             "files": dict(sorted(files.items())),
-            **run_of(trainer),
+            **run_of_trainer(trainer),
             "inside_generation": trainer.inside_generation,
         }
         unfinished = folder / f"{MANIFEST_NAME}.unfinished"
@@ -151,16 +153,23 @@ def write_manifest(trainer: "DAPOTrainer", folder: Path):
         unfinished.replace(folder / MANIFEST_NAME)
 
 
-def run_of(trainer: "DAPOTrainer") -> dict[str, Any]:
-    """What makes a run the one that it is, as JSON would hold it."""
-    settings = trainer.args.to_dict() | {"world_size": trainer.args.world_size}
-    run = {
-        "trainer": type(trainer).__name__,
-        "rewards": list(trainer.reward_func_names),
-        "data": trainer.data_fingerprint,
-        "settings": settings,
-    }
+def run_of(trainer: str, args: "DAPOConfig", rewards: list[str], data: dict[str, Any] | None) -> dict[str, Any]:
+    """What makes a run the one that it is, as JSON would hold it.
+
+    Args:
+        trainer: Name of its class.
+        args: Of the trainer.
+        rewards: Names of the reward functions.
+        data: [`fingerprint`] of the training data.
+    """
+    settings = args.to_dict() | {"world_size": args.world_size}
+    run = {"trainer": trainer, "rewards": rewards, "data": data, "settings": settings}
     return json.loads(json.dumps(run, default=str))
+
+
+def run_of_trainer(trainer: "DAPOTrainer") -> dict[str, Any]:
+    """[`run_of`] a trainer."""
+    return run_of(type(trainer).__name__, trainer.args, list(trainer.reward_func_names), trainer.data_fingerprint)
 
 
 def fingerprint(dataset: Any) -> dict[str, Any] | None:
@@ -208,13 +217,12 @@ class Changes(NamedTuple):
     kept: list[str]
 
 
-def changes(trainer: "DAPOTrainer", checkpoint: str | Path) -> Changes:
-    """Compare a run with the one that saved a checkpoint. The main process does, for all."""
-    found: list[Any] = [None]
-    if trainer.accelerator.is_main_process:
-        manifest = read_manifest(checkpoint)
-        found = [compare(manifest, run_of(trainer)) if manifest else Changes([], "", None, [], [])]
-    return broadcast_object_list(found)[0] if trainer.args.world_size > 1 else found[0]
+def changes(run: dict[str, Any], checkpoint: str | Path) -> Changes:
+    """Compare what [`run_of`] says of a run with the one that saved a checkpoint. The main process does, for all."""
+    state, found = PartialState(), [Changes([], "", None, [], [])]
+    if state.is_main_process and (manifest := read_manifest(checkpoint)):
+        found = [compare(manifest, run)]
+    return broadcast_object_list(found)[0] if state.num_processes > 1 else found[0]
 
 
 def compare(manifest: dict[str, Any], run: dict[str, Any]) -> Changes:
@@ -253,15 +261,16 @@ def reference_is_missing(beta: float) -> str:
     )
 
 
-def refuse_changes(trainer: "DAPOTrainer", checkpoint: str | Path | None):
+def refuse_changes(run: dict[str, Any], checkpoint: str | Path):
     """For a command, which has no reason to go on with other data.
+
+    Args:
+        run: What [`run_of`] says of it.
 
     Raises:
         ValueError: if the run cannot be the one that saved the checkpoint.
     """
-    if checkpoint is None:
-        return
-    found = changes(trainer, checkpoint)
+    found = changes(run, checkpoint)
     data = [found.data[0].upper() + found.data[1:] + "."] if found.data else []
     if found.impossible or data:
         raise ValueError(
@@ -276,7 +285,7 @@ def announce_changes(trainer: "DAPOTrainer", checkpoint: str | Path) -> Changes:
     Raises:
         ValueError: for what is impossible.
     """
-    found = changes(trainer, checkpoint)
+    found = changes(run_of_trainer(trainer), checkpoint)
     if found.impossible:
         raise ValueError(f"The run cannot go on from {checkpoint}. {' '.join(found.impossible)}")
     new = []

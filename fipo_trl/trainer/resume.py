@@ -62,13 +62,14 @@ def latest_state(output_dir: str | Path) -> Path | None:
 def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None, max_steps: int) -> str | None:
     """The checkpoint to resume from. An output folder with the checkpoints of another run is not overwritten.
 
-    `"latest"` is the newest that is whole; without one, the run starts anew.
+    `"latest"` is the newest that is whole; without one, the run starts anew. One that has made all updates is gone on
+    from, too: a run that was killed before it saved its model saves it then.
 
     Args:
         output_dir, resume_from_checkpoint, max_steps: Of the run's configuration.
 
     Raises:
-        ValueError: if there is no such checkpoint, it is not whole, it has made `max_steps` updates already, or
+        ValueError: if there is no such checkpoint, it is not whole, it has made more than `max_steps` updates, or
             `output_dir` holds checkpoints and nothing says what to do with them.
     """
     wanted = resume_from_checkpoint
@@ -89,8 +90,13 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None, 
     wanted = str(wanted)
     check_whole(wanted)
     done = TrainerState.load_from_json(os.path.join(wanted, TRAINER_STATE_NAME)).global_step
-    if 0 < max_steps <= done:  # transformers would make one more update
+    if 0 < max_steps < done:
         raise ValueError(f"{wanted} has made {done} of max_steps={max_steps} updates. Raise max_steps.")
+    if done == max_steps:
+        plain_logger.warning(
+            f"{wanted} has made all of max_steps={max_steps} updates: its model is saved, and none is made. Raise "
+            "max_steps to train on."
+        )
     return wanted
 
 

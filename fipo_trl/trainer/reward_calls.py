@@ -149,6 +149,8 @@ class RewardCalls:
         process = RewardProcess(data, name) if data is not None else None
 
         def checked(*args, **kwargs):
+            if "completions" not in kwargs:  # called by hand, not by TRL
+                return function(*args, **kwargs)
             try:
                 with running(name):
                     return check(self._bounded(function, name, process, args, kwargs), name, kwargs)
@@ -156,6 +158,8 @@ class RewardCalls:
                 return self._failed(error, kwargs)
 
         async def checked_async(*args, **kwargs):
+            if "completions" not in kwargs:
+                return await function(*args, **kwargs)
             task: Any = asyncio.current_task()
             loop = asyncio.get_running_loop()
             try:

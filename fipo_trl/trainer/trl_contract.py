@@ -33,6 +33,7 @@ OVERRIDDEN = {
     "_save_optimizer_and_scheduler": "output_dir",
     "_load_optimizer_and_scheduler": "checkpoint",
     "_maybe_log_save_evaluate": "...",
+    "_run_epoch": "...",
     "_save_checkpoint": "model, trial",
     "_save_rng_state": "output_dir",
     "create_model_card": "...",
@@ -49,6 +50,7 @@ CALLED = {
     "_remove_unused_columns": "dataset",
     "_get_output_dir": "trial",
     "_save_checkpoint": "model, trial",
+    "create_model_card": "model_name, dataset_name",
 }
 GENERATED = 8  # values that `_generate` returns
 # Attributes of every trainer

@@ -2,9 +2,9 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from datasets import Dataset
 from PIL import Image
 
@@ -20,9 +20,6 @@ from fipo_trl.analysis.comparison import (
 )
 from fipo_trl.analysis.report import Run
 from fipo_trl.evaluation.results import write_results
-
-
-ROOT = Path(__file__).parents[2]
 
 
 def make_run(folder, rewards, **columns):

@@ -5,19 +5,16 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 from tiny import make_trainer
 from trl import GRPOTrainer
 
 from fipo_trl import FIPOTrainer
 from fipo_trl.analysis.report import FIGURES, Run, find_arms, write_report
-
-
-ROOT = Path(__file__).parents[2]
 
 
 def write_run(folder, rows, checkpoint=None):

@@ -11,14 +11,8 @@ from fipo_trl.commands import compare
 from fipo_trl.recipe.read import OF_FIPO
 
 
-ROOT = Path(__file__).parents[2]
 TINY = "recipes/tiny/fipo.yaml --max_steps 8"
 REWARD = ["--reward", "recipes.tiny.running_sums.exact_answer"]
-
-
-@pytest.fixture(autouse=True)
-def in_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
 
 
 def write_run(folder, rewards, place="."):

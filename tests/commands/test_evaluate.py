@@ -7,16 +7,17 @@ import json
 import os
 import re
 import shutil
-import signal
+import socketserver
 import subprocess
 import sys
-import time
-from pathlib import Path
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from datasets import Dataset, load_dataset
+from held import HeldRun
 from peft import LoraConfig, get_peft_model
 from tiny import BASE, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,16 +30,8 @@ from fipo_trl.evaluation.tables import compare, table
 from recipes.tiny.running_sums import exact_answer, predicted_answer
 
 
-ROOT = Path(__file__).parents[2]
-
-
-REWARD = "recipes.tiny.running_sums.exact_answer"
+REWARD = "held.exact_answer"  # the tiny task's
 FILES = ("samples.jsonl", "summary.json", "completions.parquet")
-
-
-@pytest.fixture(autouse=True)
-def in_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +54,6 @@ def run(problems, output_dir, **settings):
 
 @pytest.fixture(scope="module")
 def results(problems, tmp_path_factory):
-    os.chdir(ROOT)
     return run(problems, tmp_path_factory.mktemp("whole"))
 
 
@@ -106,19 +98,18 @@ def test_finished_results_are_shown_again_and_not_changed(results, problems, cap
     assert "paper" not in output.lower()
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on(results, problems, tmp_path):
     command = [sys.executable, "scripts/evaluate.py", *arguments(problems, tmp_path)]
     samples = tmp_path / "sums" / "samples.jsonl"
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not samples.exists() or samples.read_bytes().count(b"\n") < 3:
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    # Six batches of two problems; the reward is called once before them, for a check
+    with HeldRun(command, tmp_path / "held", generation=5):
+        pass
     written = samples.read_bytes()
-    assert 3 <= written.count(b"\n") < 12
-    samples.write_bytes(written + contents(results)[0].splitlines(keepends=True)[written.count(b"\n")][:-20])
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    lines = contents(results)[0].splitlines(keepends=True)
+    assert written == b"".join(lines[:6])
+    samples.write_bytes(written + lines[6][:-20])
+    run(problems, tmp_path)
     assert contents(tmp_path / "sums") == contents(results)
 
 
@@ -170,7 +161,6 @@ def greedy(model, prompts):
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     """A LoRA adapter of the tiny base that changes its answers, as TRL saves one, and the model with it."""
-    os.chdir(ROOT)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(BASE)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, use_rslora=True)
@@ -195,6 +185,8 @@ def test_adapters_are_merged_into_their_base(adapter, problems, tmp_path):
         assert answers != [[text, text] for text in greedy(model, prompts)]
 
 
+@pytest.mark.slow
+@pytest.mark.vllm
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_vllm_answers_as_transformers(adapter, problems, tmp_path):
     """Greedily, an adapter's base included; and in two halves as in one go."""
@@ -202,7 +194,7 @@ def test_vllm_answers_as_transformers(adapter, problems, tmp_path):
     settings = {"model": folder, "top_p": 1e-6, "n": 2, "backend": "vllm", "dtype": "float32"}
     command = [sys.executable, "scripts/evaluate.py", *arguments(problems, tmp_path, **settings)]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr
     prompts = [json.loads(line)["prompt"] for line in problems.read_text().splitlines()]
     assert completions(tmp_path / "sums") == [[text, text] for text in greedy(model, prompts)]
@@ -256,7 +248,6 @@ def test_other_columns_and_rewards(tmp_path, capsys):
     level.write_text(
         '{"prompt": "a1b2=", "solution": "3", "level": 1}\n{"prompt": "a1b3=", "solution": "4", "level": 0}\n'
     )
-    sys.path.insert(0, str(ROOT / "tests"))
     evaluate(read_options(arguments(level, tmp_path / "own", **shared | {"reward": "rewards_for_tests.needs_column"})))
     output = capsys.readouterr().out
     assert "avg@2             50.0%  [0.0%, 100.0%]" in output
@@ -327,10 +318,25 @@ def test_a_folder_of_checkpoints_names_them(problems, tmp_path):
         run(problems, tmp_path / "out", model=tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub_is_found_out_at_once(problems, tmp_path):
-    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    command = [sys.executable, "scripts/evaluate.py", *arguments(problems, tmp_path, model="Qwen/Qwen2.5-32B")]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+    """After one try. (transformers and datasets would make up to five, with pauses.)"""
+    tries = []
+
+    class HangUp(socketserver.StreamRequestHandler):
+        def handle(self):
+            tries.append(self.rfile.readline())
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), HangUp) as server:
+        threading.Thread(target=server.serve_forever).start()
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "0",
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+        }
+        command = [sys.executable, "scripts/evaluate.py", *arguments(problems, tmp_path, model="Qwen/Qwen2.5-32B")]
+        process = subprocess.run(command, capture_output=True, text=True, env=environment)
+        server.shutdown()
+    assert len([line for line in tries if b"Qwen2.5-32B" in line]) == 1
     assert process.returncode == 1
     assert process.stderr.startswith("error: model: cannot load 'Qwen/Qwen2.5-32B'")
     assert "Without a network, download it elsewhere" in process.stderr

@@ -7,16 +7,15 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from held import REWARD, HeldRun
 from rewards_for_tests import COLLAPSE_FLAGS
 
 from fipo_trl.trainer.resume import find_checkpoint
 
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = [sys.executable, "scripts/train_fipo.py"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 COMMAND = [sys.executable, "-m", "fipo_trl", "train"]

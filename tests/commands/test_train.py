@@ -329,7 +329,7 @@ def test_resume_from_what_is_not_there(tmp_path, caplog):
         checkpoint_of(read_and_validate([*resume, str(tmp_path / "none")]))
 
 
-def test_resume_from_a_finished_run(tmp_path):
+def test_resume_from_a_finished_run(tmp_path, caplog):
     checkpoint = tmp_path / "checkpoint-8"
     checkpoint.mkdir()
     (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 8}))
@@ -337,8 +337,10 @@ def test_resume_from_a_finished_run(tmp_path):
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({}, checkpoint / name)
     resume = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"]
-    with pytest.raises(ValueError, match=r"has made 8 of max_steps=8 updates\. Raise max_steps"):
-        checkpoint_of(read_and_validate(["--config", RECIPE, *resume, "--max_steps", "8"]))
+    with pytest.raises(ValueError, match=r"has made 8 of max_steps=7 updates\. Raise max_steps"):
+        checkpoint_of(read_and_validate(["--config", RECIPE, *resume, "--max_steps", "7"]))
+    assert checkpoint_of(read_and_validate(["--config", RECIPE, *resume, "--max_steps", "8"])) == str(checkpoint)
+    assert "has made all of max_steps=8 updates" in caplog.text
     assert checkpoint_of(read_and_validate(["--config", RECIPE, *resume, "--max_steps", "9"])) == str(checkpoint)
 
 
@@ -348,6 +350,8 @@ def test_a_resumed_run_keeps_its_data(tmp_path):
     assert faults(tmp_path / "checkpoint-1") == {}
     assert "# Model Card for " + tmp_path.name in (tmp_path / "README.md").read_text()
     assert "None" not in (tmp_path / "README.md").read_text()
+    assert "on `recipes/tiny/data`" in (tmp_path / "README.md").read_text()
+    assert "/datasets/" not in (tmp_path / "README.md").read_text()
     again = [*small, "--resume_from_checkpoint", "latest", "--max_steps", 2]
     run = launch(RECIPE, tmp_path, *again, "--dataset_train_split", "test", check=False)
     assert run.returncode == 1

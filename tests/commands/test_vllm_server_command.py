@@ -4,12 +4,11 @@ import os
 import subprocess
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 
-ROOT = Path(__file__).parents[2]
 RECIPE = "recipes/Qwen2.5-32B/fipo.yaml"
 COMMAND = [sys.executable, "-m", "fipo_trl", "vllm-server-command"]
 WITHOUT_VLLM = """

@@ -10,12 +10,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from PIL import Image
 from tiny import make_model
 from transformers import AutoTokenizer
 
 
-ROOT = Path(__file__).parents[2]
 MAX_BYTES = 2_500_000  # two models of 600 kB and their data; no figures
 
 pytestmark = pytest.mark.slow

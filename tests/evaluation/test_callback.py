@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from datasets import Dataset
 from peft import LoraConfig
 from tiny import PROMPTS, make_trainer, parameters
@@ -17,9 +18,6 @@ from transformers.integrations.integration_utils import rewrite_logs
 from fipo_trl import DAPOTrainer, FIPOTrainer
 from fipo_trl.evaluation.callback import EvaluationCallback
 from fipo_trl.recipe.validate import read_and_validate
-
-
-ROOT = Path(__file__).parents[2]
 
 
 PROBLEMS = Dataset.from_dict({"prompt": PROMPTS[:5], "solution": ["a", "b", "c", "d", "e"]})
@@ -145,6 +143,7 @@ def test_resumed_run_evaluates_each_step_once(tmp_path):
     assert evaluations(again)[6] == evaluations(whole)[6]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """Of 15 completions, process 0 makes 8 and process 1 makes 7 and one that does not count."""
     config = ROOT / "recipes" / "accelerate" / "two_cpu_processes.yaml"
@@ -173,7 +172,6 @@ def test_two_processes_equal_one(tmp_path):
         ("--eval_problems x --eval_steps 8 --eval_samples 0", "eval_samples=0 must be at least 1"),
     ],
 )
-def test_wrong_settings_are_refused(monkeypatch, flags, message):
-    monkeypatch.chdir(ROOT)
+def test_wrong_settings_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         read_and_validate(["--config", "recipes/tiny/fipo.yaml", *flags.split()])

@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from fipo_trl.evaluation.exam import Exam, metrics_of
 from fipo_trl.evaluation.sampling import default_batch_size, transformers_sampler
@@ -48,6 +57,59 @@ def test_padding_does_not_matter(model, exam):
         assert output[0, len(prompt) :].tolist() == answer
     assert len({*map(len, together)}) > 2
     assert {answer[-1] for answer in together if len(answer) < 60} == {*exam.end_ids}
+
+
+TRANSFORMER = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "reads_once"),
+    [
+        (lambda: MistralForCausalLM(MistralConfig(**TRANSFORMER, sliding_window=6)), True),
+        (lambda: Lfm2ForCausalLM(Lfm2Config(**TRANSFORMER, layer_types=["conv", "full_attention"])), True),
+        # It does not give its state away
+        (
+            lambda: MambaForCausalLM(MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, state_size=8)),
+            False,
+        ),
+    ],
+    ids=["sliding window", "convolutions and attention", "state space"],
+)
+def test_answers_that_have_ended_leave_the_batch(make, reads_once):
+    """Whatever the model keeps of the tokens it has read, the other answers go on as they would alone."""
+    torch.manual_seed(0)
+    model = make().double().eval()  # so that rounding decides nothing
+    for weights in model.parameters():
+        if weights.ndim > 1:
+            torch.nn.init.normal_(weights, std=0.3)
+    prompts = [torch.randint(2, 40, (length,)).tolist() for length in (3, 9, 5, 7, 12, 4, 6, 8) * 3]
+    end_ids, max_tokens, passes = [1, 5], 40, []
+
+    def watch(model, args, kwargs):
+        passes.append(kwargs["input_ids"].shape)
+
+    hook = model.register_forward_pre_hook(watch, with_kwargs=True)
+    together = transformers_sampler(model, end_ids, 1.0, 1e-6, max_tokens)(prompts, [0] * len(prompts))
+    hook.remove()
+    for prompt, answer in zip(prompts, together, strict=True):
+        ids = torch.tensor([prompt])
+        output = model.generate(input_ids=ids, do_sample=False, max_new_tokens=max_tokens, eos_token_id=end_ids)
+        assert output[0, len(prompt) :].tolist() == answer
+    lengths = sorted(map(len, together))
+    assert lengths[6] < lengths[12] < max_tokens
+    # Of the rows computed for each token, more than three in four belong to answers that go on
+    assert len(passes) == lengths[-1]
+    for token, (rows, _) in enumerate(passes):
+        assert sum(length > token for length in lengths) > 0.75 * rows
+    assert passes[0] == (24, 12)
+    assert all(columns == 1 for _, columns in passes[1:]) == reads_once
 
 
 def test_samples_follow_the_models_distribution(model, exam):

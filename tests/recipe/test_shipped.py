@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from fipo_trl.commands import recipes as command
 from fipo_trl.recipe.read import read
 from fipo_trl.recipe.shipped import copy, files_of, folder, recipes
 
 
-ROOT = Path(__file__).parents[2]
 NAMES = sorted(
     path.relative_to(ROOT / "recipes").with_suffix("").as_posix()
     for path in ROOT.glob("recipes/*/*.yaml")
@@ -55,7 +55,7 @@ def test_what_the_tiny_recipe_names():
     files = {path.as_posix() for path in files_of("tiny/fipo")}
     assert {"tiny/running_sums.py", "tiny/base/model.safetensors", "tiny/data/test.jsonl"} < files
     assert not any("study" in path for path in files)
-    assert Path("accelerate/one_gpu.yaml") in files_of("recipes/Qwen2.5-7B/fipo_lora.yaml")
+    assert Path("accelerate/16_nodes_fsdp2.yaml") in files_of("recipes/Qwen2.5-32B/fipo.yaml")
 
 
 def test_a_file_that_differs_stays(tmp_path):

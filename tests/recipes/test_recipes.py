@@ -59,12 +59,19 @@ def model_flags(path, tmp_path):
     return ["--model_name_or_path", str(tmp_path)]
 
 
+def accelerate_config_of(text):
+    """The file that a launch line names, if it does."""
+    found = re.search(r"--config_file (\S+)", text)
+    named = re.search(r"--accelerate_config (\w+)", text)
+    return found[1] if found else f"recipes/accelerate/{named[1]}.yaml" if named else None
+
+
 def examine_recipe(path, flags=()):
     """The recipe on the machines that its first lines name."""
     header = header_of(path)
     (processes,) = numbers(r"# (\d+) process", header)
-    config = re.search(r"--config_file (\S+)", header)
-    spread = plan.read_accelerate_config(config[1]) if config else {"world_size": 1}
+    config = accelerate_config_of(header)
+    spread = plan.read_accelerate_config(config) if config else {"world_size": 1}
     given = re.search(r"--num_processes (\d+)", header)
     assert processes == (int(given[1]) if given else spread["world_size"])
     return make_plan(["--config", str(path), *flags], **spread | {"world_size": processes})
@@ -73,7 +80,9 @@ def examine_recipe(path, flags=()):
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_recipe(path, tmp_path):
     header = header_of(path)
-    assert f"scripts/train_fipo.py --config {path.relative_to(ROOT)}\n" in header
+    assert re.search(
+        rf"(fipo-trl train|fipo_trl.commands.train) --config {path.relative_to(ROOT)}( --acc\w+ \w+)?\n", header
+    )
     run = examine_recipe(path, model_flags(path, tmp_path))
     args = run.training
     # The arithmetic of the header is that of the values
@@ -109,10 +118,13 @@ def test_recipe(path, tmp_path):
 # What the paper trained with
 
 
-@pytest.mark.parametrize("path", OF_THE_PAPER, ids=name_of)
+ON_ONE_NODE = [FOLDER / "Qwen2.5-Math-7B" / f"{method}_one_node.yaml" for method in ("dapo", "fipo")]
+
+
+@pytest.mark.parametrize("path", OF_THE_PAPER + ON_ONE_NODE, ids=name_of)
 def test_nothing_differs_from_the_paper(path, tmp_path):
     run = examine_recipe(path, model_flags(path, tmp_path))
-    assert run.method == path.stem.upper()
+    assert run.method == path.stem[:4].upper()
     assert paper.differences(run, "7B" if "7B" in path.parent.name else "32B") == []
 
 
@@ -205,9 +217,13 @@ ARMS_DIFFER_IN = {
     "Qwen2.5-32B/fipo.yaml": METHOD | BATCH | {"dynamic_sampling_oversample"},
     "Qwen2.5-Math-7B/fipo.yaml": METHOD | BATCH | LENGTH,
     "Qwen2.5-32B/fipo_lora.yaml": METHOD,
+    "Qwen2.5-Math-7B/fipo_one_node.yaml": METHOD | BATCH | LENGTH,
     "Qwen2.5-7B/fipo_lora.yaml": METHOD,
+    "Qwen2.5-7B/fipo_lora_one_node.yaml": METHOD,
     "Qwen2.5-1.5B/fipo.yaml": METHOD,
     "Qwen2.5-Coder-1.5B/fipo.yaml": METHOD,
+    "Qwen3-1.7B/fipo.yaml": METHOD,
+    "Qwen3-4B/fipo.yaml": METHOD,
     "SmolLM2-135M/fipo_lora.yaml": METHOD,
 }
 
@@ -219,6 +235,12 @@ def test_arms_differ_only_where_the_paper_does(path):
     assert {key for key in fipo.keys() | dapo.keys() if fipo.get(key) != dapo.get(key)} == ARMS_DIFFER_IN[
         name_of(path)
     ]
+
+
+def test_the_control_with_8_updates_differs_in_the_method_only():
+    folder = FOLDER / "Qwen2.5-32B"
+    fipo, dapo = (yaml.safe_load((folder / name).read_text()) for name in ("fipo.yaml", "dapo_8_updates.yaml"))
+    assert {key for key in fipo.keys() | dapo.keys() if fipo.get(key) != dapo.get(key)} == METHOD
 
 
 def test_every_pair_is_compared():
@@ -240,6 +262,15 @@ def test_lora_recipe_differs_only_in_lora():
 def table_rows():
     rows = re.findall(r"^\| \[([^\]]+\.yaml)\]\(\1\) (.*)$", (FOLDER / "README.md").read_text(), re.MULTILINE)
     return {name: [cell.strip() for cell in rest.strip("| ").split("|")] for name, rest in rows}
+
+
+FIRST_TABLE = [
+    [*(cell.strip() for cell in cells.split("|")), name]
+    for cells, name in re.findall(
+        r"(?m)^\| (.*) \| \[(.*\.yaml)\]\(recipes/\2\) \|$", (ROOT / "README.md").read_text()
+    )
+    if " GB " in cells
+]
 
 
 def test_every_recipe_is_in_the_table():
@@ -271,7 +302,20 @@ def test_arithmetic_of_the_table(path, tmp_path):
         assert Path(launcher).is_file()
         assert int(nodes) * 8 == run.world_size
     else:
-        assert re.search(r"--config_file (\S+)", command)[1] == re.search(r"--config_file (\S+)", header)[1]
+        assert accelerate_config_of(command) == accelerate_config_of(header)
+
+
+@pytest.mark.parametrize("row", FIRST_TABLE, ids=lambda row: row[-1])
+def test_table_of_the_first_page(row, tmp_path):
+    """Memory is that of the index. Hours are the doctor's for 4,000 tokens, where it knows the GPU."""
+    *_, hardware, memory, hours, name = row
+    path = FOLDER / name
+    _, in_index, _, memory_in_index, *_ = table_rows()[name]
+    assert (hardware, memory) == (in_index, memory_in_index)
+    if hours != "-":
+        run = examine_recipe(path, model_flags(path, tmp_path))
+        text = doctor.examine(run, 80 * GIB, "32B", mean_length=4000)
+        assert round(float(re.search(r"([\d.]+) hours for the run", text)[1])) == int(hours)
 
 
 # How runs are spread
@@ -290,7 +334,9 @@ def test_accelerate_config(path):
 def test_fsdp2_plugin(name, processes, offload, monkeypatch):
     """What `accelerate launch` hands to its processes makes the plugin that the file describes."""
     path = f"recipes/accelerate/{name}.yaml"
-    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", path, "train.py"]))
+    # Port 0: whether the file's own is free on this machine is not asked
+    words = ["--config_file", path, "--main_process_port", "0", "train.py"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
     for key, value in prepare_multi_gpu_env(arguments).items():
         monkeypatch.setenv(key, value)
     assert os.environ["ACCELERATE_USE_FSDP"] == "true"
@@ -326,7 +372,7 @@ def test_launcher(path, tmp_path):
     nodes = 2 if server else 3
     assert f"[--num_machines] [{nodes}] [--num_processes] [{8 * nodes}] [--machine_rank] [1]" in output
     assert "[--main_process_ip] [node1]" in output
-    assert f"[scripts/train_fipo.py] [--config] [{recipe}] [--output_dir] [a b]" in output
+    assert f"[--module] [fipo_trl.commands.train] [--config] [{recipe}] [--output_dir] [a b]" in output
     assert ("[--vllm_mode] [server] [--vllm_server_base_url] [http://node3:8000]" in output) is server
     without_recipe = subprocess.run(["bash", str(path)], env=environment, capture_output=True, text=True)
     assert without_recipe.returncode != 0

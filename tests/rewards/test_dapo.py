@@ -137,9 +137,9 @@ BAIT = {
 def test_time_is_bounded(bait):
     long = bait * (LONG // len(bait))
     completions = [long, long + "\nAnswer: 7", "Answer: " + long, "Answer:" + long[:291] + "$", "Answer" + long[:290]]
-    start = time.perf_counter()
+    start = time.process_time()
     rewards = dapo_reward(completions, ["7"] * len(completions))
-    assert time.perf_counter() - start < 0.1  # measured: 0.003 s
+    assert time.process_time() - start < 0.1  # measured: 0.003 s
     assert rewards[1] == 1
 
 

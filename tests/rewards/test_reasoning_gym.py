@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import reasoning_gym
+from held import PATIENCE
 from reasoning_gym.factory import DATASETS
 
 from fipo_trl.data.reasoning_gym import UNUSABLE, load_task
@@ -194,10 +195,10 @@ def test_a_question_stands_once_and_in_one_split(caplog):
     ],
 )
 def test_too_few_problems_are_found_out_soon(settings, message):
-    start = time.perf_counter()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         few("gcd", max_value=3, min_numbers=2, max_numbers=2, **settings)
-    assert time.perf_counter() - start < 5
+    made = [int(number.replace(",", "")) for number in re.findall(r"([\d,]+) made", str(error.value))]
+    assert sum(made) < 500
 
 
 @pytest.mark.parametrize(
@@ -305,10 +306,10 @@ def test_no_completion_raises(task, caplog):
         chat(None),
         chat([{}]),
     ]
-    start = time.perf_counter()
+    start = time.process_time()
     rewards = reasoning_gym_reward(completions, [problem] * len(completions))
     assert all(0 <= reward <= 0.2 for reward in rewards)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 5  # of this process; the other one's is bounded by SECONDS
     assert sum("failed on the answer" in record.message for record in caplog.records) <= 1
 
 
@@ -390,7 +391,7 @@ def test_each_process_has_its_own_and_takes_it_along():
     code = "import os, reasoning_gym_process; print(reasoning_gym_process.process_of(os.getpid()).pid)"
     pid = int(run_beside(code))
     assert pid != process_of(os.getpid()).pid
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not Path(f"/proc/{pid}").exists()

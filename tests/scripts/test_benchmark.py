@@ -22,6 +22,7 @@ import pytest
             marks=pytest.mark.slow,
         ),
         pytest.param("memory", ["peak, (B, T) float32", "influence_weights, ms", "share"], marks=pytest.mark.slow),
+        pytest.param("evaluation", ["batch_size", "s", "times as fast", "avg@8"], marks=pytest.mark.slow),
         pytest.param(
             "dynamic-sampling",
             ["keep rate", "least possible", "auto", "3x (DAPO)", "4x (FIPO)"],

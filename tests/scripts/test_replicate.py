@@ -6,17 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import replicate
+from conftest import ROOT
 from PIL import Image
 
 from fipo_trl.analysis.study import Commands, Task, run_one
 from fipo_trl.recipe.validate import read_and_validate
-
-
-ROOT = Path(__file__).parents[2]
 
 
 # A study of {steps} updates that nothing but its size tells from the real one
@@ -48,6 +45,7 @@ def start(tmp_path, steps=32):
     )
 
 
+@pytest.mark.slow
 def test_stopped_study_goes_on(tmp_path):
     root = tmp_path / "out" / "short"
     logs = [root / arm / "seed-1" / "log.txt" for arm in ("DAPO", "FIPO-1.0-1.2")]

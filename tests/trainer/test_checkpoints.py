@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import PROMPTS, distance, logged, longer_is_better, make_trainer, parameters
 
 from fipo_trl import DAPOTrainer
-from fipo_trl.trainer.manifest import MANIFEST_NAME, faults, fingerprint, read_manifest, refuse_changes
+from fipo_trl.trainer.manifest import MANIFEST_NAME, faults, fingerprint, read_manifest, refuse_changes, run_of_trainer
 from fipo_trl.trainer.resume import find_checkpoint, latest_checkpoint
 
 
@@ -290,9 +290,20 @@ def test_beta_may_change_between_two_generations(tmp_path, caplog):
 )
 def test_a_command_refuses_other_data(killed, prompts, rows):
     checkpoint = killed / "checkpoint-10"
-    refuse_changes(make_trainer(killed, **SETTINGS), checkpoint)
+    refuse_changes(run_of_trainer(make_trainer(killed, **SETTINGS)), checkpoint)
     with pytest.raises(ValueError, match=f"The training data are others, or in another order .{rows}"):
-        refuse_changes(make_trainer(killed, prompts=prompts, **SETTINGS), checkpoint)
+        refuse_changes(run_of_trainer(make_trainer(killed, prompts=prompts, **SETTINGS)), checkpoint)
+
+
+def test_a_run_that_made_all_updates_makes_no_other(tmp_path):
+    """One that was killed between its last checkpoint and the save of its model; 8 is within an epoch."""
+    make_trainer(tmp_path, max_steps=8, save_strategy="steps", save_steps=8).train()
+    trainer = make_trainer(tmp_path, max_steps=8)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 8
+    saved = load_file(tmp_path / "checkpoint-8" / "model.safetensors")
+    weights = trainer.model.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in saved.items())
 
 
 def test_fingerprint():

@@ -3,15 +3,14 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from tiny import make_args
 
 from fipo_trl.trainer.folder_lock import LOCK_NAME, hold_output_dir
 
 
-ROOT = Path(__file__).parents[2]
 HOLDER = """
 import sys, types
 from fipo_trl.trainer.folder_lock import hold_output_dir

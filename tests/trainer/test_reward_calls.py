@@ -86,6 +86,16 @@ def test_what_is_taken(value):
     assert check((x for x in value), "its_name", FOUR)[:2] == [1, 0.5]
 
 
+def test_called_by_hand():
+    """Without completions, as TRL's own tests call the rewards of environments."""
+
+    async def later(environments):
+        return len(environments)
+
+    assert wrapped(lambda environments: len(environments))(environments=[1, 2]) == 2
+    assert asyncio.run(wrapped(later)(environments=[1, 2])) == 2
+
+
 def test_wrapping_changes_no_name(tmp_path):
     def mine(completions, level=None, **kwargs):
         """Documented."""

@@ -335,9 +335,9 @@ def test_a_character_belongs_to_the_token_that_completes_it():
 def test_endless_parts_of_characters_take_linear_time():
     tokenizer = TOKENIZERS["byte level"]
     ids = tokenizer.encode("字")[:1] * 20_480
-    began = time.perf_counter()
+    began = time.process_time()
     assert len("".join(token_texts(tokenizer, ids))) == 20_480
-    assert time.perf_counter() - began < 5.0
+    assert time.process_time() - began < 5.0
 
 
 # The page
@@ -373,9 +373,8 @@ def browser():
 
 def open_page(browser, run, rows, **settings):
     write_trace(run, 80, rows, SETTINGS | settings)
-    seconds = browser.open(write_page(run))
+    browser.open(write_page(run))
     assert not browser.reported("Runtime.exceptionThrown", "Log.entryAdded", "Page.javascriptDialogOpening")
-    return seconds
 
 
 def shown(browser):
@@ -543,36 +542,39 @@ def test_the_paper_s_largest_completions_stay_usable(browser, tmp_path):
     rows[0]["tokens"][-1] = "THE END"
     write_trace(tmp_path, 80, rows, SETTINGS)
     assert trace_path(tmp_path, 80).stat().st_size < 30e6
-    began = time.perf_counter()
+    began = time.process_time()
     page = write_page(tmp_path)
-    made = time.perf_counter() - began
-    opened = browser.open(page)
+    made = time.process_time() - began
+    browser.open(page)
+    opened = browser.cpu_seconds()
     browser.evaluate("document.querySelector('article button').click()")
-    expanded = browser.wait("document.querySelectorAll('.tokens .t').length > 600")
-    scrolled = browser.evaluate(
+    browser.wait("document.querySelectorAll('.tokens .t').length > 600")
+    expanded = browser.cpu_seconds() - opened
+    browser.evaluate(
         """(async () => {
           for (const button of document.querySelectorAll("article button")) {
             button.scrollIntoView();
             while (!button.parentElement.data) await new Promise((done) => setTimeout(done, 10));
             if (button.getAttribute("aria-expanded") === "false") button.click();
           }
-          let slowest = 0, most = 0;
-          for (let i = 0; i <= 100; i++) {
-            const began = performance.now();
-            scrollTo(0, (i / 100) * document.body.scrollHeight);
-            await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
-            slowest = Math.max(slowest, performance.now() - began);
-            most = Math.max(most, document.querySelectorAll("*").length);
-          }
-          return [slowest / 1000, most];
         })()"""
     )
+    frame, elements, before = 0.0, 0, browser.cpu_seconds()
+    for i in range(101):
+        seen = browser.evaluate(
+            f"""(async () => {{
+              scrollTo(0, {i / 100} * document.body.scrollHeight);
+              await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+              return document.querySelectorAll("*").length;
+            }})()"""
+        )
+        after = browser.cpu_seconds()
+        frame, elements, before = max(frame, after - before), max(elements, seen), after
     browser.evaluate("document.querySelector('.tokens').lastChild.scrollIntoView()")
     browser.wait("document.querySelector('.tokens').textContent.endsWith('THE END')")
-    frame, elements = scrolled
     megabytes = page.stat().st_size / 1e6
-    print(f"\n{megabytes:.1f} MB, made in {made:.1f} s, opened in {opened:.2f} s, expanded in {expanded:.2f} s,")
-    print(f"slowest step of scrolling {frame:.2f} s, at most {elements:,} elements")
+    print(f"\n{megabytes:.1f} MB; CPU time: made in {made:.1f} s, opened in {opened:.2f} s,")
+    print(f"expanded in {expanded:.2f} s, slowest step of scrolling {frame:.2f} s; at most {elements:,} elements")
     assert megabytes < 30
     assert made < 20
     assert opened < 5

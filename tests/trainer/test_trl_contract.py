@@ -13,6 +13,7 @@ import reference
 import torch
 import transformers
 import trl
+from conftest import ROOT
 from packaging.specifiers import SpecifierSet
 from tiny import PROMPTS, fixed_rollouts, generate, longer_is_better, make_trainer, token_logps
 from trl import GRPOTrainer
@@ -21,9 +22,6 @@ import fipo_trl
 from fipo_trl import DAPOTrainer, FIPOTrainer
 from fipo_trl.trainer import trl_contract
 from fipo_trl.trainer.trl_contract import check_attributes, check_contract
-
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
