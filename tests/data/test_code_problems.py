@@ -70,7 +70,7 @@ def convert(*rows):
     return from_code(Dataset.from_list(list(rows)))
 
 
-def tests_of(row):
+def read_tests(row):
     return json.loads(convert(row)["tests"][0])
 
 
@@ -143,12 +143,12 @@ def test_the_solutions_of_rows_pass_their_tests():
 
 def test_names_without_a_solution_are_those_that_nobody_else_defines():
     row = {"text": "Add.", "test_list": ["n = len('ab')\nassert [add(x, n) for x in (1,)] == [math.floor(3)]"] * 2}
-    assert tests_of(row | {"test_setup_code": "import math"})["names"] == ["add"]
+    assert read_tests(row | {"test_setup_code": "import math"})["names"] == ["add"]
 
 
 def test_of_many_tests_the_longest_are_taken():
     cases = [{"input": "1" * n, "output": "1", "type": "stdin_stdout"} for n in range(1, 40)]
-    kept = tests_of({"problem": "a", "tests": json.dumps(cases)})["stdin"]
+    kept = read_tests({"problem": "a", "tests": json.dumps(cases)})["stdin"]
     assert [len(given) for given, _ in kept] == list(range(39, 39 - MOST_TESTS, -1))
 
 
