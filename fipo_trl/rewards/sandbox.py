@@ -300,7 +300,7 @@ HOW_TO = (
     "allow_unsandboxed: true."
 )
 PROBE = """
-import os, signal, socket
+import os, socket
 outside, port, processes = input().split("|")
 if os.path.exists(outside):
     print("a program can read files outside")
@@ -309,10 +309,13 @@ try:
     print("a program can reach the network")
 except OSError:
     pass
+reading, writing = os.pipe()
 try:
     for _ in range(int(processes) + 1):
         if os.fork() == 0:
-            signal.pause()
+            os.close(writing)
+            os.read(reading, 1)  # until this program ends
+            os._exit(0)
     print("a program can start as many processes as it likes")
 except OSError:
     print("isolated")

@@ -118,6 +118,7 @@ SCRIPTS = {
         0,
         PRINT + "import os, time; os.sys.stdout.flush(); os.close(1); time.sleep(1000)",
     ),
+    "more output than is read": (0, PRINT + "print('\\n' * 10**7)"),
     "gigabytes of output": (0, "while True:\n    print('x' * 10**6)"),
     "gigabytes of files": (
         1,
@@ -210,6 +211,7 @@ for address in (("127.0.0.1", {server.getsockname()[1]}), ("1.1.1.1", 53)):
         server.accept()
 
 
+@pytest.mark.slow
 def test_the_expected_output_is_nowhere(nothing_is_left, monkeypatch):
     """A program looks for it in every file that it can read, in its memory and in the sandbox's own frames."""
     monkeypatch.setattr(code_tests, "LIMITS", Limits(cpu_seconds=20, seconds=60.0))
@@ -455,6 +457,7 @@ def test_the_last_fenced_block_is_the_program(text, program):
     assert time.monotonic() - start < 1
 
 
+@pytest.mark.slow
 def test_an_answer_has_an_end_however_many_tests_there_are(monkeypatch):
     monkeypatch.setattr(code_tests, "ANSWER_SECONDS", 1)
     tests = {"stdin": [["1", "1"]] + [["", ""]] * 100}
@@ -580,7 +583,7 @@ def test_the_probe_finds_a_sandbox():
     assert sandbox.isolation_problem.__wrapped__() is None
 
 
-def test_the_probe_finds_a_sandbox_that_is_none(tmp_path, monkeypatch):
+def test_the_probe_finds_a_sandbox_that_is_none(tmp_path, monkeypatch, nothing_is_left):
     starts = "command = sys.argv[sys.argv.index('--') + 1 :]\ncommand[command.index('run') + 1] = '-1'\n"
     problem = stand_in(tmp_path, monkeypatch, starts + "os.execv(command[0], command)")
     assert "a program can read files outside" in problem
@@ -615,6 +618,7 @@ def test_without_a_sandbox_no_program_runs(no_sandbox):
         code_reward([""], [json.dumps(SQUARE)])  # at the start, though there is no program
 
 
+@pytest.mark.slow
 def test_unless_it_is_allowed(no_sandbox, nothing_is_left, caplog):
     programs = [PRINT, "while True:\n    pass", "x = bytearray(10**10)", "import time\ntime.sleep(1000)"]
     programs += ["print('x' * 10**9)", "open('a', 'w').write('x')\n" + PRINT]
