@@ -7,8 +7,10 @@ from conftest import ROOT
 from datasets import Dataset
 from test_sources import BASE
 
+from fipo_trl.commands import evaluate
 from fipo_trl.data.code_problems import ASKED, MOST_TESTS, from_code, is_code
 from fipo_trl.data.sources import load_problems, load_splits
+from fipo_trl.evaluation.problems import load_evaluation
 from fipo_trl.recipe.build import trainer_arguments
 from fipo_trl.recipe.read import read
 from fipo_trl.recipe.validate import read_and_validate, validate
@@ -254,3 +256,19 @@ def test_allow_unsandboxed_is_for_rewards_that_run_programs(data, tmp_path):
     written = read([*recipe(data, tmp_path), "--allow_unsandboxed", "true", "--reward_funcs", "dapo_reward"])
     with pytest.raises(ValueError, match="'allow_unsandboxed' does nothing: no reward runs programs"):
         trainer_arguments(validate(written))
+
+
+def test_an_evaluation_asks_for_the_sandbox_before_it_samples(data, monkeypatch):
+    problems, accuracy = load_evaluation([str(data)], "code_accuracy")
+    assert len(problems["mbpp"]) == 1
+    assert accuracy is code_accuracy
+    monkeypatch.setattr(sandbox, "isolation_problem", lambda: "bubblewrap is not installed")
+    with pytest.raises(ValueError, match="cannot be isolated here"):
+        load_evaluation([str(data)], "code_accuracy")
+    _, accuracy = load_evaluation([str(data)], "code_accuracy", allow_unsandboxed=True)
+    assert accuracy.keywords == {"allow_unsandboxed": True}
+    given = ["--model", "none", "--dataset", "recipes/tiny/data", "--reward", "dapo_accuracy", "--allow_unsandboxed"]
+    with pytest.raises(
+        ValueError, match="--allow_unsandboxed is for a --reward that runs programs, not dapo_accuracy"
+    ):
+        evaluate.run(evaluate.read_options(given))
