@@ -106,18 +106,26 @@ def text_in(row: dict, *columns: str) -> str:
 
 def read_mbpp(row: dict) -> tuple[str, str, dict]:
     """A row of MBPP, also of its sanitized version, in which `text` is called `prompt`, and of MBPP+."""
-    asserts = row["test_list"]
-    if not isinstance(asserts, list) or not asserts or not all(isinstance(test, str) for test in asserts):
-        raise Malformed("test_list", "must be a list of assertions, as texts", asserts)
-    setup = "\n".join([*(row.get("test_imports") or []), row.get("test_setup_code") or ""])
+    asserts = texts_in(row, "test_list")
+    if not asserts:
+        raise Malformed("test_list", "must hold an assertion", asserts)
+    setup = "\n".join([*texts_in(row, "test_imports"), row.get("test_setup_code") or ""])
     solution = row.get("code") or ""
     if not isinstance(solution, str):
         raise Malformed("code", "must be a text", solution)
     names = names_of_program(solution, setup, asserts)
     example, *others = asserts
-    others += row.get("challenge_test_list") or []
+    others += texts_in(row, "challenge_test_list")
     question = f"{text_in(row, 'text', 'prompt')}\n\nFor example, this holds:\n```python\n{example}\n```"
     return question, solution, {"asserts": others or [example], "setup": setup, "names": names}
+
+
+def texts_in(row: dict, column: str) -> list[str]:
+    """The texts in a column, none where there is no such column or nothing in it."""
+    found = row.get(column) or []
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise Malformed(column, "must be a list of texts", found)
+    return found
 
 
 def names_of_program(solution: str, setup: str, asserts: list[str]) -> list[str]:

@@ -158,8 +158,11 @@ def test_of_many_tests_the_longest_are_taken():
     ("schema", "changes", "message"),
     [
         (MBPP, {"text": " "}, "column 'text': must be a text, not blank"),
-        (MBPP, {"test_list": []}, "column 'test_list': must be a list of assertions"),
-        (MBPP, {"test_list": None}, "column 'test_list': must be a list of assertions"),
+        (MBPP, {"test_list": []}, "column 'test_list': must hold an assertion"),
+        (MBPP, {"test_list": None}, "column 'test_list': must hold an assertion"),
+        (MBPP, {"test_list": "assert sum(1, 2) == 3"}, "column 'test_list': must be a list of texts"),
+        (MBPP, {"challenge_test_list": [1]}, "column 'challenge_test_list': must be a list of texts"),
+        (SANITIZED, {"test_imports": "import math"}, "column 'test_imports': must be a list of texts"),
         (MBPP, {"test_list": ["assert sum("]}, r"column 'test_list': must be Python \("),
         (MBPP, {"test_list": ["assert 1 == 1"]}, "column 'test_list': must call a function of the solution"),
         (MBPP, {"code": "def sum(:"}, r"column 'code': must be Python \("),
