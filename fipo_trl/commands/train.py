@@ -59,6 +59,7 @@ def train(trainer: "DAPOTrainer", recipe: Recipe, checkpoint: str | None) -> int
             f"checkpoints are in {output_dir}; start from one before update {alarm.stopped.dual_clip_update}."
         )
         return COLLAPSED
+    gather_last_save(trainer)
     trainer.save_model(output_dir)
     trainer.save_state()
     trainer.create_model_card(dataset_name=dataset_name)
@@ -66,6 +67,12 @@ def train(trainer: "DAPOTrainer", recipe: Recipe, checkpoint: str | None) -> int
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
     return 0
+
+
+def gather_last_save(trainer: "DAPOTrainer"):
+    """With `SHARDED_STATE_DICT` only checkpoints have weights, as shards. The last model is for `from_pretrained`."""
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
 
 
 def prepare(arguments: list[str]) -> tuple[Recipe, "DAPOTrainer", str | None]:

@@ -41,6 +41,7 @@ from fipo_trl.trainer.prompts import check_prompts
 from fipo_trl.trainer.resume import resolve, restore_generation, save_generation
 from fipo_trl.trainer.reward_calls import RewardCalls
 from fipo_trl.trainer.rollouts import GroupRollouts
+from fipo_trl.trainer.sharding import check_models_are_loaded
 from fipo_trl.trainer.trl_contract import check_attributes, check_contract
 
 
@@ -93,6 +94,7 @@ class DAPOTrainer(GRPOTrainer):
         self._group_rollouts: GroupRollouts | None = None
         bound = inspect.signature(super().__init__).bind_partial(model, reward_funcs, args, *positional, **keywords)
         check_prompts(bound.arguments.get("train_dataset"), bound.arguments.get("processing_class"))
+        check_models_are_loaded(args, model, reward_funcs, bound.arguments.get("peft_config"))
         super().__init__(*bound.args, **bound.kwargs)
         check_attributes(self)
         self._reward_calls = RewardCalls(

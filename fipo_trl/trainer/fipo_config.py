@@ -112,6 +112,7 @@ class FIPOConfig(DAPOConfig):
                 "32B run) or 3.0 (7B)."
             )
         self._check_token_credit()
+        self._check_deepspeed()
         if self.updates_per_generation <= 1 and not self.fipo_is_off:
             sequences = UPDATES_PER_GENERATION * self.gradient_accumulation_steps * self.generation_batch_size
             raise ValueError(
@@ -123,6 +124,17 @@ class FIPOConfig(DAPOConfig):
                 f"{UPDATES_PER_GENERATION * self.gradient_accumulation_steps} (that is, generation_batch_size="
                 f"{sequences // self.steps_per_generation}). To run DAPO on purpose, use DAPOTrainer (in a "
                 "recipe, trainer: dapo)."
+            )
+
+    def _check_deepspeed(self):
+        """Where the tokens of dropped sequences could not leave the denominator of the token mean (`sharding.py`)."""
+        plugin, steps = self.deepspeed_plugin, self.gradient_accumulation_steps
+        drops = self.drop_dual_clipped_sequences and self.loss_type == "dapo"
+        if plugin is not None and drops and steps > 1 and plugin.zero_stage not in (2, 3):
+            raise ValueError(
+                f"drop_dual_clipped_sequences=True with gradient_accumulation_steps={steps} needs DeepSpeed's ZeRO-2 "
+                f"or ZeRO-3, got zero_stage={plugin.zero_stage}: the tokens of dropped sequences could not leave the "
+                "token mean. Set zero_stage: 2, gradient_accumulation_steps=1, or drop_dual_clipped_sequences=False."
             )
 
     def _check_token_credit(self):

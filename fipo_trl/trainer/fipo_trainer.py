@@ -9,12 +9,12 @@ import textwrap
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType
 from torch import Tensor
 
 from fipo_trl.objective.influence import InfluenceStatistics, influence_weights
 from fipo_trl.trainer.dapo_trainer import DAPOTrainer
 from fipo_trl.trainer.fipo_config import FIPOConfig
+from fipo_trl.trainer.sharding import restore_loss_scale, scale_gradients, scale_whole_update
 from fipo_trl.trainer.token_credit import TokenCreditTracer
 
 
@@ -122,25 +122,36 @@ class FIPOTrainer(DAPOTrainer):
 
     def _finish_update(self, total: InfluenceStatistics):  # type: ignore[override]  # what `_weight_advantages` gave
         super()._finish_update(total)
-        self._exclude_dropped_tokens_from_mean(total)
+        self._correct_gradients(total)
         self._log_metrics(influence_metrics(total))
         self._warn_if_inert(total)
 
-    def _exclude_dropped_tokens_from_mean(self, total: InfluenceStatistics):
-        """Make the update a mean over the tokens of kept sequences.
+    # A token mean becomes one over the tokens of kept sequences
+    #
+    # A sequence with zero advantage leaves the numerator of TRL's token mean, not its denominator, which is fixed
+    # before the forward pass that decides. The gradient is linear in 1 / denominator, so it is corrected before it is
+    # clipped (and with it that of a KL penalty or entropy bonus, if there is one).
 
-        A sequence with zero advantage leaves the numerator of TRL's token mean, not its denominator, which is fixed
-        before the forward pass that decides. The gradient is linear in 1 / denominator, so it is corrected here,
-        before clipping (and with it that of a KL penalty or entropy bonus, if there is one). DeepSpeed has already
-        taken its step by now: there, dropped tokens stay in the denominator.
-        """
-        if self.loss_type != "dapo" or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            return
-        if 0 < total.dropped_tokens < total.tokens:
-            correction = total.tokens / (total.tokens - total.dropped_tokens)
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(correction)
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        if self.is_deepspeed_enabled and self.model.training and self.accelerator.sync_gradients:
+            # DeepSpeed steps inside the backward pass: the last micro-batch of the update brings the correction along
+            rows = [torch.stack([each.tokens, each.dropped_tokens]) for each in self._loss_scope.statistics]
+            counts = self.accelerator.reduce(torch.stack(rows).sum(dim=0), reduction="sum").tolist()
+            loss = scale_whole_update(loss, self._mean_correction(*counts), model, self.args)
+        return loss
+
+    def _correct_gradients(self, total: InfluenceStatistics):
+        if self.is_deepspeed_enabled:
+            restore_loss_scale(self.deepspeed)
+        else:
+            scale_gradients(self.model, self._mean_correction(total.tokens, total.dropped_tokens))
+
+    def _mean_correction(self, tokens: float, dropped: float) -> float:
+        """What makes a mean over the tokens of an update one over those that are not dropped."""
+        if self.loss_type != "dapo" or not 0 < dropped < tokens or not self.args.drop_dual_clipped_sequences:
+            return 1.0
+        return tokens / (tokens - dropped)
 
     def _warn_if_inert(self, total: InfluenceStatistics):
         """Say so once when FIPO has equalled DAPO for two whole generations."""

@@ -20,6 +20,8 @@ from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import sort_checkpoints
 
+from fipo_trl.trainer.sharding import who_saves
+
 
 if TYPE_CHECKING:
     from fipo_trl.trainer.dapo_config import DAPOConfig
@@ -162,8 +164,13 @@ def run_of(trainer: str, args: "DAPOConfig", rewards: list[str], data: dict[str,
         rewards: Names of the reward functions.
         data: [`fingerprint`] of the training data.
     """
-    settings = args.to_dict() | {"world_size": args.world_size}
-    run = {"trainer": trainer, "rewards": rewards, "data": data, "settings": settings}
+    run = {
+        "trainer": trainer,
+        "saved_by": who_saves(args),
+        "rewards": rewards,
+        "data": data,
+        "settings": args.to_dict() | {"world_size": args.world_size},
+    }
     return json.loads(json.dumps(run, default=str))
 
 
@@ -232,6 +239,14 @@ def compare(manifest: dict[str, Any], run: dict[str, Any]) -> Changes:
     impossible = []
     if manifest["trainer"] != run["trainer"]:
         impossible.append(f"It was saved by {manifest['trainer']}, not by {run['trainer']}.")
+    saved_by = manifest.get("saved_by", run["saved_by"])  # older versions did not say
+    if saved_by != run["saved_by"]:
+        impossible.append(f"It was saved by {saved_by}, not by {run['saved_by']}.")
+    elif "world_size" in names and saved_by.startswith("DeepSpeed"):
+        impossible.append(
+            f"It was saved by {before['world_size']} processes, whose shards DeepSpeed cannot give to "
+            f"{now['world_size']}. Start as many as then."
+        )
     if "optim" in names and not all(each["optim"].startswith("adamw_torch") for each in (before, now)):
         impossible.append(f"Its optimizer is {before['optim']}, not {now['optim']}.")
     if "beta" in names and before["beta"] == 0 and manifest["inside_generation"]:

@@ -135,6 +135,7 @@ def test_alarm_of_a_finished_run(tmp_path):
     assert Run(write_run(tmp_path / "c", rows)).collapse is None
 
 
+@pytest.mark.slow
 def test_report_of_real_runs(tmp_path):
     """A FIPO run of this package beside a run of plain TRL, which lacks most metrics."""
     for name, trainer_class, seed in [

@@ -21,17 +21,8 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 COMMAND = [sys.executable, "-m", "fipo_trl", "train"]
 TWO_PROCESSES = ["--accelerate_config", "two_cpu_processes", "--main_process_port", "0"]  # a free port
 ON_TWO = ["--per_device_train_batch_size", "8", "--max_steps", "24"]
-ENGINES = [
-    "fipo",
-    pytest.param(
-        "fipo_vllm",
-        marks=[
-            pytest.mark.vllm,
-            pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
-        ],
-    ),
-]
-WITH_ENGINE = ENGINES[1].values[0]
+pytestmark = pytest.mark.slow
+IF_INSTALLED = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 
 @pytest.fixture(autouse=True)
@@ -47,40 +38,40 @@ def run(command, recipe, output_dir, *settings):
     )
 
 
-@pytest.mark.parametrize("recipe", ENGINES)
-@pytest.mark.parametrize(
-    "command", [SCRIPT, [*ACCELERATE, "--cpu", SCRIPT[1]], COMMAND], ids=["script", "accelerate", "fipo-trl"]
-)
-def test_0_at_the_end(tmp_path, recipe, command):
-    if recipe != WITH_ENGINE and command != COMMAND:
-        pytest.skip("tests/commands/test_train.py has these")
-    ended = run(command, recipe, tmp_path, "--max_steps", 8)
+@pytest.mark.vllm
+@IF_INSTALLED
+def test_0_at_the_end(tmp_path):
+    """Of the training and of its launcher. (Without vLLM: tests/commands/test_train.py)"""
+    ended = run([*ACCELERATE, "--cpu", SCRIPT[1]], "fipo_vllm", tmp_path, "--max_steps", 8)
+    assert_trained(ended, tmp_path, updates=8)
+
+
+def assert_trained(ended, output_dir, updates):
     assert ended.returncode == 0, ended.stdout
-    assert f"Trained for 8 updates. The model is in {tmp_path}." in ended.stdout
+    assert f"Trained for {updates} updates. The model is in {output_dir}." in ended.stdout
     assert "Traceback" not in ended.stdout  # an engine that outlives its process group would leave one
-    assert (tmp_path / "model.safetensors").exists()
+    assert (output_dir / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("recipe", ENGINES)
-def test_130_after_a_signal_and_0_at_the_end_of_what_is_resumed(tmp_path, recipe):
-    settings = ["--config", f"recipes/tiny/{recipe}.yaml", *REWARD, "--max_steps", "17", "--output_dir"]
-    settings += [str(tmp_path / "out")]
+@pytest.mark.parametrize(
+    ("recipe", "door"),
+    [("fipo", COMMAND), pytest.param("fipo_vllm", SCRIPT, marks=[pytest.mark.vllm, IF_INSTALLED])],
+    ids=["fipo", "fipo_vllm"],
+)
+def test_130_after_a_signal_and_0_at_the_end_of_what_is_resumed(tmp_path, recipe, door):
+    settings = [*REWARD, "--max_steps", "17"]
     resume = ["--resume_from_checkpoint", "latest"]
-    with HeldRun([*COMMAND, *settings], tmp_path / "interrupted", generation=1) as held:
+    command = [*COMMAND, "--config", f"recipes/tiny/{recipe}.yaml", "--output_dir", str(tmp_path / "out"), *settings]
+    with HeldRun(command, tmp_path / "interrupted", generation=1) as held:
         held.signal(signal.SIGINT)
         assert held.let_go() == 130, held.log.read_text()
     assert_stopped(held, tmp_path / "out", update=1)
     # Updates 2 to 8 are of the generation that was saved
-    with HeldRun([*COMMAND, *settings, *resume], tmp_path / "terminated", generation=1) as held:
+    with HeldRun([*command, *resume], tmp_path / "terminated", generation=1) as held:
         held.signal(signal.SIGTERM)
         assert held.let_go() == 130, held.log.read_text()
     assert_stopped(held, tmp_path / "out", update=9)
-    ended = subprocess.run(
-        [*COMMAND, *settings, *resume], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
-    )
-    assert ended.returncode == 0, ended.stdout
-    assert "Trained for 17 updates" in ended.stdout
-    assert "Traceback" not in ended.stdout
+    assert_trained(run(door, recipe, tmp_path / "out", *settings, *resume), tmp_path / "out", updates=17)
 
 
 def assert_stopped(held, output_dir, update):
@@ -91,12 +82,11 @@ def assert_stopped(held, output_dir, update):
     assert find_checkpoint(str(output_dir), "latest", 17) == str(output_dir / f"checkpoint-{update}")
 
 
-@pytest.mark.parametrize("recipe", ENGINES)
-@pytest.mark.parametrize("command", [SCRIPT, COMMAND], ids=["script", "fipo-trl"])
-def test_3_after_a_collapse(tmp_path, recipe, command):
-    if (recipe == WITH_ENGINE) != (command == COMMAND):
-        pytest.skip("one with the engine and one without will do")
-    ended = run(command, recipe, tmp_path, *COLLAPSE_FLAGS)
+@pytest.mark.vllm
+@IF_INSTALLED
+def test_3_after_a_collapse(tmp_path):
+    """(Without vLLM: tests/commands/test_train.py)"""
+    ended = run(COMMAND, "fipo_vllm", tmp_path, *COLLAPSE_FLAGS)
     assert ended.returncode == 3, ended.stdout
     stopped = int(re.search(r"Stopped at update (\d+) because on_collapse is 'stop'", ended.stdout)[1])
     state = json.loads((tmp_path / f"checkpoint-{stopped}" / "trainer_state.json").read_text())

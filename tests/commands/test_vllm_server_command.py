@@ -43,6 +43,7 @@ def run(environment, *arguments):
     return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
+@pytest.mark.slow
 def test_the_line_that_a_shell_runs(tmp_path, login_node):
     """As recipes/slurm/server.sbatch starts the server, with a stand-in for vLLM that says what it was called with."""
     vllm = tmp_path / "bin" / "vllm"
@@ -71,6 +72,7 @@ def test_help(login_node):
     assert "fipo-trl vllm-server-command --config RECIPE.yaml" in ended.stdout
 
 
+@pytest.mark.slow
 def test_a_recipe_that_needs_no_server(login_node):
     ended = run(login_node, "--config", RECIPE)
     assert (ended.returncode, ended.stdout) == (1, "")

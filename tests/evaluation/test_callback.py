@@ -4,8 +4,8 @@ import json
 import random
 import subprocess
 import sys
-from pathlib import Path
 
+import evaluate_on_ranks
 import numpy as np
 import pytest
 import torch
@@ -148,13 +148,11 @@ def test_two_processes_equal_one(tmp_path):
     """Of 15 completions, process 0 makes 8 and process 1 makes 7 and one that does not count."""
     config = ROOT / "recipes" / "accelerate" / "two_cpu_processes.yaml"
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
-    results = []
-    for launch in ([], launcher):
-        command = [sys.executable, *launch, str(Path(__file__).parent / "evaluate_on_ranks.py"), str(tmp_path / "log")]
-        run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        assert run.returncode == 0, run.stderr
-        results.append(json.loads((tmp_path / "log").read_text()))
-    one, two = results
+    evaluate_on_ranks.main(tmp_path / "one")
+    command = [sys.executable, *launcher, evaluate_on_ranks.__file__, str(tmp_path / "two")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one", "two"))
     assert (one["world_size"], two["world_size"]) == (1, 2)
     assert two["greedy"] == one["greedy"]
     assert 0 < one["greedy"]["avg@3"] < 1

@@ -33,6 +33,7 @@ def folder(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 def test_model_data_and_reward_lie_beside_the_recipe(folder):
     written = read(["--config", "../mine/recipe.yaml"])
     assert written.recipe["model_name_or_path"] == "../mine/base"

@@ -6,13 +6,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import ROOT
+from tiny import distance
 from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers import AutoModelForCausalLM
 
 from fipo_trl.data.sources import load_splits
 from fipo_trl.planning import doctor, paper, plan
@@ -21,6 +24,7 @@ from fipo_trl.planning.memory import GIB
 from fipo_trl.planning.plan import make_plan
 from fipo_trl.recipe import model_limits
 from fipo_trl.rewards.reasoning_gym import reasoning_gym_accuracy
+from fipo_trl.trainer.manifest import faults
 
 
 FOLDER = ROOT / "recipes"
@@ -325,6 +329,37 @@ def test_table_of_the_first_page(row, tmp_path):
 def test_accelerate_config(path):
     config = load_config_from_file(str(path))
     assert config.num_processes == int(yaml.safe_load(path.read_text())["num_processes"])
+
+
+ENGINES = {  # the engine, and what each of two processes, or a single one, holds of the weights
+    "one_gpu": ("NO", 1, 1.0),
+    "one_gpu_offload": ("FSDP", 1, 1.0),
+    "one_node_fsdp2": ("FSDP", 2, 0.5),
+    "one_node_zero3": ("DEEPSPEED", 2, 0.5),
+    "16_nodes_fsdp2": ("FSDP", 2, 0.5),
+    "two_cpu_processes": ("MULTI_CPU", 2, 1.0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ACCELERATE_CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_config_trains(ranks, path, tmp_path):
+    """With its own engine and precision; of one machine, two processes and CPUs. It leaves a model to load."""
+    engine, processes, share = ENGINES[path.stem]
+    arguments = ["--config", "recipes/tiny/fipo.yaml", "--max_steps", "2", "--steps_per_generation", "2"]
+    arguments += ["--per_device_train_batch_size", "8", "--save_steps", "2", "--output_dir", str(tmp_path / "run")]
+    if yaml.safe_load(path.read_text())["mixed_precision"] == "bf16":
+        arguments += ["--bf16", "true"]  # as for the recipes for GPUs
+    launch = ("--config_file", str(path))
+    for rank in ranks.run("train_on_ranks:command", arguments, launch=launch, processes=processes):
+        assert rank["status"] == 0
+        assert rank["held"]["engine"] == engine
+        assert rank["held"]["DTensor"] is (engine == "FSDP")
+        assert rank["held"]["weights"] == pytest.approx(share, abs=0.01)
+    trained, base = (AutoModelForCausalLM.from_pretrained(each) for each in (tmp_path / "run", "recipes/tiny/base"))
+    assert trained.dtype == (torch.bfloat16 if engine == "DEEPSPEED" else torch.float32)
+    assert distance(dict(trained.named_parameters()), dict(base.named_parameters())) > 0
+    assert faults(tmp_path / "run" / "checkpoint-2") == {}
 
 
 @pytest.mark.parametrize(

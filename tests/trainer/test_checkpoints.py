@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_several_processes as on_ranks
 import torch
 from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file
@@ -107,6 +106,7 @@ def test_a_trainer_refuses_a_broken_checkpoint_that_is_named(killed):
         resume(killed, str(killed / "checkpoint-10"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["optimizer.pt", "rng_state.pth", MANIFEST_NAME])
 def test_killed_in_the_middle_of_a_save(run, tmp_path, part):
     command = [sys.executable, str(TESTS / "trainer" / "die_while_saving.py"), str(tmp_path), "10", part]
@@ -133,19 +133,6 @@ def test_checkpoints_without_a_manifest(run, killed, caplog, name):
     cut_short(last / name)
     assert latest_checkpoint(killed) == killed / "checkpoint-5"
     assert f"{name} is cut short or damaged" in caplog.text
-
-
-def test_several_processes_resume_from_the_whole_one_to_the_same_weights(tmp_path):
-    settings = on_ranks.SETTINGS | {"per_device_train_batch_size": 16, "steps_per_generation": 1}
-    settings |= {"save_strategy": "steps", "save_steps": 4}
-    whole = on_ranks.train(tmp_path, 2, settings)
-    last = tmp_path / "run_on_2" / "checkpoint-6"
-    assert {"rng_state_1.pth", "generation_state_1.pt"} < set(read_manifest(last)["files"])
-    (last / "rng_state_1.pth").unlink()
-    resumed = on_ranks.train(tmp_path, 2, settings | {"resume_from_checkpoint": "true"})
-    assert [row["step"] for row in resumed["log"]] == [row["step"] for row in whole["log"]]
-    assert all(torch.equal(value, resumed["parameters"][name]) for name, value in whole["parameters"].items())
-    assert faults(last) == {}
 
 
 def test_shards_and_folders(run, tmp_path):

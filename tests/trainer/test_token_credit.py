@@ -11,6 +11,7 @@ import reference
 import torch
 from browser import CHROMIUM, Browser
 from conftest import ROOT
+from cpu_ranks import DDP
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import (
@@ -256,16 +257,9 @@ def test_without_traces_nothing_is_carried_along(tmp_path, every):
 
 
 @pytest.mark.slow
-def test_only_the_first_process_writes(tmp_path):
+def test_only_the_first_process_writes(ranks, tmp_path):
     settings = {"per_device_train_batch_size": 8, "steps_per_generation": 2, "max_steps": 4, "token_credit_every": 1}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
-    command += [
-        str(ROOT / "recipes" / "accelerate" / "two_cpu_processes.yaml"),
-        str(ROOT / "tests" / "trainer" / "train_on_ranks.py"),
-    ]
-    command += [str(tmp_path / "result"), str(tmp_path / "run"), json.dumps(settings)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    ranks.run("train_on_ranks:cases", tmp_path, {"run": settings}, launch=DDP)
     table, _ = read_trace(tmp_path / "run", step=4)
     assert len(table) == 4  # of 8 in the update
     for row in table.to_pylist():

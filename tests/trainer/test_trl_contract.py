@@ -179,6 +179,7 @@ def test_completions_of_given_prompts(tmp_path):
     assert trainer.generation_config.max_new_tokens == 16
 
 
+@pytest.mark.slow
 def test_rewards_are_those_of_all_processes_by_function(tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
     launch += [str(ROOT / "recipes" / "accelerate" / "two_cpu_processes.yaml")]
