@@ -60,14 +60,22 @@ smollm: $(INSTALLED)
 	@$(ENV) $(BIN)/python scripts/make_smollm.py
 	@$(ENV) $(BIN)/python scripts/replicate.py --study smollm --jobs 2
 
+# Rewards that run programs are tested in their sandbox: on Linux these tests fail without bubblewrap
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo -n)
+SANDBOX = $(if $(filter Linux,$(shell uname -s)),command -v bwrap >/dev/null \
+	|| { $(SUDO) env $(APT) update && $(SUDO) env $(APT) install -y --no-install-recommends bubblewrap; } >/dev/null 2>&1 \
+	|| echo "No bubblewrap, and no way to install it: tests of the sandbox will fail. Install it: apt-get install bubblewrap",:)
+
 # The page of scripts/token_credit.py is tested in a real browser
 test: $(INSTALLED)
+	@$(SANDBOX)
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
 		|| { $(APT) update && $(APT) install -y --no-install-recommends chromium; } >/dev/null 2>&1 \
 		|| echo "No Chromium, and no way to install it: tests of the token credit page will be skipped"
 	@$(ENV) $(BIN)/python -m pytest -n 2
 
 test-fast: $(INSTALLED)
+	@$(SANDBOX)
 	@$(ENV) $(BIN)/python -m pytest -n 2 -m "not slow and not vllm and not network"
 
 gpu-check: $(INSTALLED)

@@ -6,18 +6,21 @@
     OMP_NUM_THREADS=2 python scripts/benchmark.py monitoring
     OMP_NUM_THREADS=1 python scripts/benchmark.py evaluation
     python scripts/benchmark.py dynamic-sampling
+    python scripts/benchmark.py code-reward
 
 `future-kl` times Future-KL against the matrix product of the official code, a serial scan and one pass of `exp`;
 `update` times optimizer updates of TRL's GRPOTrainer and of FIPOTrainer on the same completions, of equal and of
 long-tailed lengths; `memory` measures what the influence weights add to an update, `monitoring` what metrics and
 collapse alarm add; `evaluation` times the answers to the tiny task's held-out problems, in batches of several sizes;
-`dynamic-sampling` counts, without a model, how many groups are sampled for one that is trained on.
+`dynamic-sampling` counts, without a model, how many groups are sampled for one that is trained on;
+`code-reward` times programs in the sandbox and out of it, and the reward over answers that take long.
 All that a row compares takes turns in the same run, and a time is the median of these rounds. Other load spoils the
 times: look at `uptime` first. With `--quick` every subcommand takes seconds, to see that it works; its times mean
 nothing.
 """
 
 import argparse
+import json
 import logging
 import math
 import os
@@ -48,7 +51,9 @@ from fipo_trl.evaluation.exam import Exam, metrics_of
 from fipo_trl.evaluation.sampling import transformers_sampler
 from fipo_trl.objective.future_kl import future_kl
 from fipo_trl.objective.influence import influence_weights
+from fipo_trl.rewards.code_tests import code_accuracy, code_reward, outcomes
 from fipo_trl.rewards.names import load_reward
+from fipo_trl.rewards.sandbox import Sandbox, at_once
 from fipo_trl.trainer.dynamic_sampling import DynamicSampler, PromptStream
 
 
@@ -444,6 +449,44 @@ def run_dynamic_sampling(args):
     )
 
 
+# Code reward
+
+
+def run_code_reward(args):
+    """Seconds of a program in its sandbox and without one, and of the reward for answers that need the CPU."""
+    kinds = {
+        "a script": ("print(input())", {"stdin": [["1", "1"]]}),
+        "two assertions": (
+            "def f(x):\n    return x",
+            {"asserts": ["assert f(1) == 1"] * 2, "setup": "", "names": ["f"]},
+        ),
+    }
+    rows = []
+    for name, (program, tests) in kinds.items():
+        sandboxes = {"isolated": Sandbox(), "limits only": Sandbox(isolated=False)}
+        functions = {each: partial(outcomes, program, tests, sandbox) for each, sandbox in sandboxes.items()}
+        times = medians(functions, dict.fromkeys(functions, args.rounds), "cpu")
+        row = {"answer": name} | {f"{each}, ms": f"{1e3 * seconds:.1f}" for each, seconds in times.items()}
+        row["isolation, ms"] = f"{1e3 * (times['isolated'] - times['limits only']):.1f}"
+        answers = [f"```\n{program}\n# {number}\n```" for number in range(args.rounds)]
+        start = time.perf_counter()
+        code_reward(answers, [json.dumps(tests)] * len(answers))
+        row["answers/s"] = f"{len(answers) / (time.perf_counter() - start):.0f}"
+        rows.append(row)
+    busy = f"import time\nwhile time.process_time() < {args.seconds}:\n    pass\nprint(1)"
+    answers = [f"```\n{busy}\n# {number}\n```" for number in range(args.answers)]
+    start = time.perf_counter()
+    right = code_accuracy(answers, [json.dumps({"stdin": [["", "1"]]})] * args.answers)
+    took, cores = time.perf_counter() - start, at_once()
+    report(
+        rows,
+        "An answer of two assertions is two sandboxes, of the program and of its tests. Answers/s: of the reward.\n"
+        f"{args.answers} answers of {args.seconds:g} s of CPU time, {sum(right):.0f} right: {took:.1f} s on {cores} "
+        f"cores. So 1,024 would take {took * 1024 / args.answers:.0f} s (extrapolated); the least possible is "
+        f"{args.seconds * 1024 / cores:.0f} s.",
+    )
+
+
 # Printing
 
 
@@ -485,6 +528,7 @@ QUICK = {  # what --quick sets
     "memory": {"rounds": 2, "slow_rounds": 1, "shapes": ["2x64", "2x300"]},
     "evaluation": {"rounds": 1, "problems": 4, "batch_sizes": [8, 32]},
     "dynamic-sampling": {"rounds": 5, "prompts": 64},
+    "code-reward": {"rounds": 3, "answers": 2, "seconds": 0.1},
 }
 
 
@@ -516,6 +560,9 @@ def parse(argv=None):
     evaluation = add("evaluation", run_evaluation, 3, "time of an evaluation with transformers, by its batch size")
     sampling = add("dynamic-sampling", run_dynamic_sampling, 100, "groups sampled per group trained on")
     sampling.add_argument("--prompts", type=int, default=512, help="of a generation batch")
+    code = add("code-reward", run_code_reward, 60, "time of programs in the sandbox, and of the reward for them")
+    code.add_argument("--answers", type=int, default=32, help="that need the CPU")
+    code.add_argument("--seconds", type=float, default=1.0, help="of CPU time that each of them needs")
 
     shapes = "8x1024xfloat32 8x8192xfloat32 8x20480xfloat32 8x20480xfloat64 8x20480xbfloat16 1x131072xfloat32"
     kl.add_argument("--shapes", nargs="+", metavar="BxTxDTYPE", default=shapes.split(), help="inputs")

@@ -22,8 +22,10 @@ from fipo_trl.evaluation.settings import check_sampling
 from fipo_trl.evaluation.tables import compare, table
 from fipo_trl.planning.paper import RESULTS
 from fipo_trl.recipe.arguments import as_mapping
+from fipo_trl.rewards.names import runs_programs
 
 
+NOT_OF_RESULTS = ("compare", "dataset", "output_dir", "allow_unsandboxed")  # options that no answer depends on
 DESCRIPTION = """Sample n answers to each of some problems, and report avg@n, cons@n and pass@k with 95% intervals.
 
     fipo-trl evaluate --model outputs/fipo --dataset aime24 aime25 --backend vllm
@@ -57,8 +59,8 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         metavar="SOURCE",
         help="aime24, aime25, reasoning_gym/<task>, a folder, .parquet or .jsonl file, or Hub id, with the columns "
-        "prompt and solution, problem and answer, or those of DAPO-Math-17k; NAME=SOURCE renames it, as "
-        "in aime24=copies/aime.parquet",
+        "prompt and solution, problem and answer, those of DAPO-Math-17k or those of MBPP, DeepCoder and "
+        "verifiable-coding-problems; NAME=SOURCE renames it, as in aime24=copies/aime.parquet",
     )
     parser.add_argument(
         "--dataset_settings",
@@ -86,6 +88,11 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tensor_parallel_size", type=int, default=1, help="GPUs that share the model, in vLLM (1)")
     parser.add_argument(
         "--reward", default="dapo_accuracy", help="gives 1 or 0: a name or import path (dapo_accuracy)"
+    )
+    parser.add_argument(
+        "--allow_unsandboxed",
+        action="store_true",
+        help="let a reward run programs of the model where no sandbox can be had",
     )
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     parser.add_argument("--output_dir", type=Path, help="(outputs/evaluate/MODEL)")
@@ -131,10 +138,18 @@ def run(options: argparse.Namespace):
     """Evaluate, and print a table of each set of problems."""
     tasks = tasks_among(options.dataset)
     of_tasks = {} if options.dataset_settings is None else {tasks[0]: options.dataset_settings}
-    problems, accuracy = load_evaluation(options.dataset, options.reward, ("--dataset", "--reward"), of_tasks)
+    problems, accuracy = load_evaluation(
+        options.dataset,
+        options.reward,
+        ("--dataset", "--reward"),
+        of_tasks,
+        allow_unsandboxed=options.allow_unsandboxed,
+    )
+    if options.allow_unsandboxed and not runs_programs(accuracy):
+        raise ValueError(f"--allow_unsandboxed is for a --reward that runs programs, not {options.reward}. Remove it.")
     model = SavedModel(options.model)
     modules = ["torch", "transformers"] + ["vllm"] * (options.backend == "vllm") + ["reasoning_gym"] * bool(tasks)
-    given = {name: value for name, value in vars(options).items() if name not in ("compare", "dataset", "output_dir")}
+    given = {name: value for name, value in vars(options).items() if name not in NOT_OF_RESULTS}
     settings = EvaluationSettings(**given, versions=versions_of(modules))
     for name, summary in evaluate(model, problems, accuracy, settings, options.output_dir):
         print(table(name, summary, *beside(name, summary["settings"], model.config)))

@@ -9,6 +9,7 @@ import os
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from huggingface_hub import HfApi
 
+from fipo_trl.data.code_problems import from_code, is_code
 from fipo_trl.data.dapo_math import dapo_prompt, from_dapo, is_dapo
 from fipo_trl.data.reasoning_gym import is_task, load_task
 
@@ -85,8 +86,9 @@ def load_problems(
 ) -> tuple[str, Dataset]:
     """Problems to evaluate on: their short name, and columns `prompt` (chat or text) and `solution` (text).
 
-    Rows may have those columns, with others that a reward function reads; DAPO's schema (see [`from_dapo`]); or
-    `problem` and `answer`, as most copies of AIME: the problem is then asked in DAPO's words.
+    Rows may have those columns, with others that a reward function reads; DAPO's schema (see [`from_dapo`]), or one of
+    programming problems (see [`from_code`]); or `problem` and `answer`, as most copies of AIME: the problem is then
+    asked in DAPO's words.
 
     Args:
         source: `aime24` or `aime25`, for the Hub's; a folder, file or Hub id as in [`load_splits`], of which the split
@@ -111,6 +113,8 @@ def load_problems(
     columns = set(dataset.column_names)
     if is_dapo(dataset.column_names):
         dataset = from_dapo(dataset)
+    elif is_code(dataset.column_names):
+        dataset = from_code(dataset)
     elif not {"prompt", "solution"} <= columns:
         if not {"problem", "answer"} <= columns:
             raise ValueError(

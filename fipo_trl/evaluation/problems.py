@@ -16,12 +16,13 @@ def load_evaluation(
     settings: tuple[str, str] = ("eval_problems", "eval_reward"),
     task_settings: dict[str, dict] | None = None,
     folder: str | None = None,
+    allow_unsandboxed: bool = False,
 ) -> tuple[dict[str, Dataset], Callable]:
     """Load problems and a reward function, and see that the one can score the other.
 
     Args:
         sources: Of problems, as [`fipo_trl.data.sources.load_problems`] reads them.
-        reward, folder: As [`fipo_trl.rewards.names.load_reward`] takes them.
+        reward, folder, allow_unsandboxed: As [`fipo_trl.rewards.names.load_reward`] takes them.
         settings: What error messages call the two.
         task_settings: Of [`load_problems`].
 
@@ -31,7 +32,7 @@ def load_evaluation(
     Raises:
         ValueError: if one cannot be loaded, or they do not fit each other.
     """
-    accuracy = load_reward(reward, settings[1], folder)
+    accuracy = load_reward(reward, settings[1], folder, allow_unsandboxed)
     problems = {}
     for source in sources:
         name, dataset = load_problems(source, settings[0], task_settings)

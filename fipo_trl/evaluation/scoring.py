@@ -1,5 +1,6 @@
 """Completions -> right or wrong, and their answers, by a reward function."""
 
+import functools
 import sys
 from collections.abc import Callable, Hashable
 
@@ -9,7 +10,8 @@ def answers_beside(accuracy: Callable) -> Callable[..., Hashable] | None:
 
     So `fipo_trl.rewards.dapo_accuracy` comes with `fipo_trl.rewards.predicted_answer`. `None` where there is none.
     """
-    return getattr(sys.modules.get(getattr(accuracy, "__module__", "")), "predicted_answer", None)
+    function = accuracy.func if isinstance(accuracy, functools.partial) else accuracy
+    return getattr(sys.modules.get(getattr(function, "__module__", "")), "predicted_answer", None)
 
 
 def score(accuracy: Callable, prompts: list, completions: list, **columns) -> tuple[list[bool], list | None]:

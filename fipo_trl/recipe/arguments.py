@@ -46,6 +46,13 @@ class RunArguments(GRPOScriptArguments):
             "Default: a fifth of it, as in DAPO."
         },
     )
+    allow_unsandboxed: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether rewards that run programs of the model (code_reward) may do so where no sandbox can be "
+            "had, as the user who trains."
+        },
+    )
     eval_problems: list[str] | None = field(
         default=None,
         metadata={

@@ -7,17 +7,18 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer
 from trl import get_dataset, get_peft_config, get_quantization_config
 
+from fipo_trl.data.code_problems import from_code, is_code
 from fipo_trl.data.dapo_math import from_dapo, is_dapo, no_longer_than
 from fipo_trl.data.reasoning_gym import is_task
 from fipo_trl.data.sources import load_splits
 from fipo_trl.evaluation.problems import load_evaluation
 from fipo_trl.recipe.model_limits import find_config, impossible
 from fipo_trl.recipe.validate import Recipe
-from fipo_trl.rewards.names import columns_read_by, load_rewards, name_of
+from fipo_trl.rewards.names import columns_read_by, load_reward, load_rewards, name_of, runs_programs
 
 
 if TYPE_CHECKING:  # imported when all else is known to be right: it takes seconds
@@ -42,6 +43,7 @@ def build(recipe: Recipe, checkpoint: str | None = None) -> "DAPOTrainer":
         recipe.run.eval_reward,
         task_settings=recipe.run.task_settings,
         folder=recipe.folder,
+        allow_unsandboxed=recipe.run.allow_unsandboxed,
     )
     from fipo_trl.evaluation.callback import EvaluationCallback
     from fipo_trl.trainer.dapo_trainer import DAPOTrainer
@@ -71,6 +73,7 @@ def trainer_arguments(recipe: Recipe) -> dict[str, Any]:
             f"dynamic_sampling_reward='{decides}' is not one of the reward functions, {', '.join(names)}."
         )
     train_dataset, eval_dataset = load_data(recipe, reward_funcs)
+    find_sandbox(reward_funcs, train_dataset)
     if reasons := impossible(recipe, find_config(model, training.trust_remote_code), training.world_size):
         raise ValueError("\n".join(reasons))
     args = copy.copy(training)
@@ -94,19 +97,35 @@ def trainer_arguments(recipe: Recipe) -> dict[str, Any]:
 def rewards_of(recipe: Recipe) -> list[Callable | str]:
     """The reward functions of a recipe. Errors are those of [`load_rewards`]."""
     run = recipe.run
-    return load_rewards(
+    functions = load_rewards(
         run.reward_funcs,
         recipe.training.max_completion_length,
         run.overlong_buffer,
         run.reward_model_name_or_path,
         recipe.folder,
+        run.allow_unsandboxed,
     )
+    if run.allow_unsandboxed:
+        of_evaluation = [load_reward(run.eval_reward, "eval_reward", recipe.folder)] if run.eval_problems else []
+        if not any(map(runs_programs, [*functions, *of_evaluation])):
+            raise ValueError("'allow_unsandboxed' does nothing: no reward runs programs of the model. Remove it.")
+    return functions
+
+
+def find_sandbox(reward_funcs: Sequence[Callable | str], dataset: Dataset | IterableDataset):
+    """Ask rewards that run programs for that of an empty answer: they raise a `ValueError` where no sandbox is."""
+    for function in reward_funcs:
+        if runs_programs(function):
+            row = next(iter(dataset))
+            nothing = [{"role": "assistant", "content": ""}] if isinstance(row["prompt"], list) else ""
+            function(completions=[nothing], **{column: [value] for column, value in row.items()})  # type: ignore
 
 
 def load_data(recipe: Recipe, reward_funcs: Sequence[Callable | str]) -> tuple[Dataset, Dataset | None]:
     """The train split and, if it is used, the test split, checked for the columns that training will read.
 
-    Data in the schema of DAPO-Math-17k are known by their columns, and converted.
+    Data in the schema of DAPO-Math-17k, and of public datasets of programming problems, are known by their columns,
+    and converted.
     """
     run, longest = recipe.run, recipe.run.max_prompt_length
     if recipe.mixture.datasets and run.dataset_name:
@@ -132,15 +151,17 @@ def load_data(recipe: Recipe, reward_funcs: Sequence[Callable | str]) -> tuple[D
         if name not in splits:
             raise ValueError(f"The dataset has no split '{name}', only {', '.join(splits)}.")
         try:
-            if is_dapo(splits[name].column_names):
+            if of_dapo := is_dapo(splits[name].column_names):
                 splits[name] = from_dapo(splits[name], tokenizer, longest)
-            elif longest is not None and is_task(run.dataset_name or ""):
-                splits[name] = no_longer_than(longest, splits[name], tokenizer)
-            elif longest is not None:
+            elif is_code(splits[name].column_names):
+                splits[name] = from_code(splits[name])
+            elif longest is not None and not is_task(run.dataset_name or ""):
                 raise ValueError(
-                    "max_prompt_length is for data in the schema of DAPO-Math-17k and for reasoning_gym/<task>. "
-                    "Remove it."
+                    "max_prompt_length is for data in the schema of DAPO-Math-17k or of a public dataset of "
+                    "programming problems, and for reasoning_gym/<task>. Remove it."
                 )
+            if longest is not None and not of_dapo:
+                splits[name] = no_longer_than(longest, splits[name], tokenizer)
         except ValueError as error:
             raise ValueError(f"Split '{name}' of the dataset: {error}") from error
         columns = splits[name].column_names

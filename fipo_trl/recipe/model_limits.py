@@ -18,6 +18,7 @@ MODELS = {
     "Qwen2.5-0.5B": (Qwen2Config, 896, 4864, 24, 14, 2, 151936, 32768, True),
     "Qwen2.5-1.5B": (Qwen2Config, 1536, 8960, 28, 12, 2, 151936, 131072, True),
     "Qwen2.5-1.5B-Instruct": (Qwen2Config, 1536, 8960, 28, 12, 2, 151936, 32768, True),
+    "Qwen2.5-Coder-1.5B-Instruct": (Qwen2Config, 1536, 8960, 28, 12, 2, 151936, 32768, True),
     "Qwen2.5-7B": (Qwen2Config, 3584, 18944, 28, 28, 4, 152064, 131072, False),
     "Qwen2.5-7B-Instruct": (Qwen2Config, 3584, 18944, 28, 28, 4, 152064, 32768, False),
     "Qwen2.5-Math-7B": (Qwen2Config, 3584, 18944, 28, 28, 4, 152064, 4096, False),

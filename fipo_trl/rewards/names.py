@@ -1,10 +1,12 @@
 """Reward functions by the names that a recipe gives them, and the columns that they read."""
 
+import functools
 import importlib
 import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 from trl import rewards as of_trl
 
@@ -21,6 +23,7 @@ def load_rewards(
     overlong_buffer: int | None = None,
     reward_model: str | None = None,
     folder: str | None = None,
+    allow_unsandboxed: bool = False,
 ) -> list[Callable | str]:
     """The reward functions of a run, in order.
 
@@ -29,7 +32,7 @@ def load_rewards(
         max_completion_length, overlong_buffer: Of [`fipo_trl.rewards.overlong_penalty`], in tokens. The buffer is a
             fifth of the length by default, as in DAPO (4,096 of 20,480).
         reward_model: Comes first, as TRL takes it.
-        folder: Where modules are looked for after the working directory.
+        folder, allow_unsandboxed: Of [`load_reward`].
 
     Raises:
         ValueError: if one cannot be loaded, there is none, or `overlong_buffer` is for nothing.
@@ -41,7 +44,7 @@ def load_rewards(
             buffer = max_completion_length // 5 if overlong_buffer is None else overlong_buffer
             functions.append(overlong_penalty(max_completion_length, buffer))
         else:
-            functions.append(load_reward(name, folder=folder))
+            functions.append(load_reward(name, folder=folder, allow_unsandboxed=allow_unsandboxed))
     if overlong_buffer is not None and not set(OVERLONG_PENALTIES) & set(names):
         raise ValueError("overlong_buffer does nothing without the reward overlong_penalty. Add it to reward_funcs.")
     if not functions:
@@ -49,11 +52,19 @@ def load_rewards(
     return functions
 
 
-def load_reward(name: str, setting: str = "reward_funcs", folder: str | None = None) -> Callable:
+def load_reward(
+    name: str, setting: str = "reward_funcs", folder: str | None = None, allow_unsandboxed: bool = False
+) -> Callable:
     """The reward function of a name in `fipo_trl.rewards` or `trl.rewards`, or of an import path.
 
+    Args:
+        name: Of the function.
+        setting: What error messages call the name.
+        folder: Where modules are looked for after the working directory.
+        allow_unsandboxed: Given to a function that [`runs_programs`].
+
     Raises:
-        ValueError: if there is no such function; `setting` is what the message calls the name.
+        ValueError: if there is no such function.
     """
     module_path, _, attribute = name.rpartition(".")
     if module_path:
@@ -67,14 +78,26 @@ def load_reward(name: str, setting: str = "reward_funcs", folder: str | None = N
         function = getattr(module, attribute)
         if not callable(function):
             raise AttributeError(f"it is a {type(function).__name__}, not a function")
+        if allow_unsandboxed and runs_programs(function):
+            return functools.partial(function, allow_unsandboxed=True)
         return function
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"{setting}: cannot load '{name}' ({error}). Give a name in fipo_trl.rewards (dapo_reward, dapo_accuracy, "
-            "overlong_penalty, reasoning_gym_reward, reasoning_gym_accuracy) or trl.rewards (accuracy_reward, "
-            "reasoning_accuracy_reward, think_format_reward), or an import path such as "
+            "overlong_penalty, code_reward, code_accuracy, reasoning_gym_reward, reasoning_gym_accuracy) or in "
+            "trl.rewards (accuracy_reward, reasoning_accuracy_reward, think_format_reward), or an import path such as "
             "my_package.my_module.my_reward, looked for in the directory you start from, then in the recipe's folder."
         ) from error
+
+
+def runs_programs(function: Callable | str) -> bool:
+    """Whether a reward function runs programs of a model: it has the parameter `allow_unsandboxed`."""
+    return is_function(function) and "allow_unsandboxed" in inspect.signature(function).parameters
+
+
+def is_function(function: Callable | str) -> TypeGuard[Callable]:
+    """Whether it is a function, or one with some of its arguments given; not a reward model."""
+    return inspect.isroutine(function.func if isinstance(function, functools.partial) else function)
 
 
 def columns_read_by(reward_funcs: Sequence[Callable | str]) -> list[str]:
@@ -83,7 +106,7 @@ def columns_read_by(reward_funcs: Sequence[Callable | str]) -> list[str]:
     return [
         parameter.name
         for function in reward_funcs
-        if inspect.isroutine(function)
+        if is_function(function)
         for parameter in inspect.signature(function).parameters.values()
         if parameter.default is parameter.empty
         and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
@@ -93,4 +116,6 @@ def columns_read_by(reward_funcs: Sequence[Callable | str]) -> list[str]:
 
 def name_of(function: Callable | str) -> str:
     """What TRL calls a reward function in its metrics."""
+    if isinstance(function, functools.partial):
+        function = function.func
     return function.split("/")[-1] if isinstance(function, str) else function.__name__

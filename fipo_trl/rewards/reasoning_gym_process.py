@@ -5,17 +5,24 @@ What it scores was written by a model that is rewarded for it, and some of its s
 takes too long or too much memory ends its own process, not the training. Some of its tasks go through sets of strings:
 with `PYTHONHASHSEED=0` they make the same problems on every rank and in every run.
 
-This file is the module to import, [`ask`], and the program of that process. It imports no other file of this package.
+The process as a whole is in the sandbox of [`fipo_trl.rewards.sandbox`] wherever there is one: a sandbox for each
+answer would import reasoning-gym and sympy for each, which takes a second. That is why code is not evaluated in there
+either: it could make all later answers right.
+
+This file is the module to import, [`ask`], and the program of that process, which imports no other file of this
+package.
 """
 
 import ast
 import contextlib
 import functools
+import importlib.util
 import json
 import os
 import random
 import resource
 import signal
+import site
 import subprocess
 import sys
 import tempfile
@@ -24,6 +31,7 @@ from collections.abc import Callable
 
 SECONDS = {"make": 120, "score": 2}  # of CPU time
 MEMORY = 4 * 2**30  # bytes
+ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 # Tasks whose scorers hand the answer to Python's eval, and to eval through sympy; what the latter may call
 EVALUATED = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
 PARSED_BY_SYMPY = {"countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24"}
@@ -55,7 +63,8 @@ def ask(kind: str, *arguments):
     if not reply:
         process_of.cache_clear()
         ended = process.wait()
-        over = f"more than {SECONDS[kind]} s" if ended == -signal.SIGPROF else f"the process ended with status {ended}"
+        too_long = ended in (-signal.SIGPROF, 128 + signal.SIGPROF)  # bubblewrap says it as shells do
+        over = f"more than {SECONDS[kind]} s" if too_long else f"the process ended with status {ended}"
         raise RuntimeError(over)
     reply = json.loads(reply)
     if "error" in reply:
@@ -66,15 +75,31 @@ def ask(kind: str, *arguments):
 @functools.cache
 def process_of(pid: int) -> subprocess.Popen:
     """The other process of a process (a forked one needs its own). It ends with the pipe from which it reads."""
-    return subprocess.Popen(
-        [sys.executable, "-P", __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        start_new_session=True,  # Ctrl-C is for the trainer, which goes on to the end of its update
-    )
+    from fipo_trl.rewards.sandbox import Limits, Sandbox, isolation_problem, rules_for_system_calls  # see above
+
+    command, environment = [sys.executable, "-P", __file__], os.environ | ENVIRONMENT
+    with rules_for_system_calls() as filters:
+        if isolation_problem() is None:
+            sandbox = Sandbox(limits=Limits(cpu_seconds=10**6, memory=MEMORY, files=256))
+            readable = [sys.prefix, os.path.realpath(sys.prefix), os.path.abspath(__file__), *packages()]
+            command = sandbox.command("start", command, filters, readable=readable, end_with_parent=False)
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+            pass_fds=filters,
+            start_new_session=True,  # Ctrl-C is for the trainer, which goes on to the end of its update
+        )
+
+
+def packages() -> list[str]:
+    """Folders in which reasoning-gym and what it imports are, wherever they were installed."""
+    found = importlib.util.find_spec("reasoning_gym")
+    beside = [] if found is None or found.origin is None else [os.path.dirname(os.path.dirname(found.origin))]
+    return [*beside, *site.getsitepackages()]
 
 
 # The program: answers

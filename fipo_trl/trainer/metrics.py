@@ -24,6 +24,17 @@ SELF_CHECK_PATTERN = (
     r"(?:check|verify|confirm)|re-?(?:check|compute|calculate|derive|examine|verify)|"
     r"another (?:way|method|approach))\b[^.!?\n]*"
 )
+# The same two for programs: a plan before the code, and a trace of it on an example, or an edge case thought of.
+# Recipes for programs set them.
+PLAN_PATTERN = (
+    r"(?im)^[ \t]*(?:\d+[.)]|step \d+)[ \t:]|\b(?:the (?:idea|plan|approach|algorithm) is|my (?:idea|plan|approach)|"
+    r"we (?:can|need to|should)|first,)"
+)
+CHECK_BY_EXAMPLE_PATTERN = (
+    r"(?i)\b(?:wait|double[- ]check|(?:let me|let's|let us|to|we can|i(?:'ll| will| should)) "
+    r"(?:test|trace|check|verify|try|walk through)|(?:test|trac|check)ing (?:it |this )?(?:with|on)|"
+    r"for (?:example|the (?:example|input|sample))|edge cases?)\b[^.!?\n]*"
+)
 
 
 # Metrics of a generation

@@ -278,7 +278,7 @@ def test_the_script_names_the_split_of_a_malformed_row(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--max_prompt_length", 6], "max_prompt_length is for data in the schema of DAPO-Math-17k and for"),
+        (["--max_prompt_length", 6], "max_prompt_length is for data in the schema of DAPO-Math-17k or of a public"),
         (["--overlong_buffer", 6], "overlong_buffer does nothing without the reward overlong_penalty"),
         (["overlong_penalty", "--overlong_buffer", 0], "overlong buffer=0 must be at least 1"),
         (["overlong_penalty", "--overlong_buffer", 129], "at most max_completion_length=128"),

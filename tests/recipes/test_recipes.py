@@ -225,6 +225,7 @@ ARMS_DIFFER_IN = {
     "Qwen2.5-7B/fipo_lora.yaml": METHOD,
     "Qwen2.5-7B/fipo_lora_one_node.yaml": METHOD,
     "Qwen2.5-1.5B/fipo.yaml": METHOD,
+    "Qwen2.5-Coder-1.5B/fipo.yaml": METHOD,
     "Qwen3-1.7B/fipo.yaml": METHOD,
     "Qwen3-4B/fipo.yaml": METHOD,
     "SmolLM2-135M/fipo_lora.yaml": METHOD,

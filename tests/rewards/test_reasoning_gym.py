@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from fipo_trl.data.reasoning_gym import UNUSABLE, load_task
 from fipo_trl.data.sources import load_problems, load_splits
 from fipo_trl.evaluation.scoring import answers_beside
 from fipo_trl.rewards import reasoning_gym as reasoning_gym_rewards
-from fipo_trl.rewards import reasoning_gym_process
+from fipo_trl.rewards import reasoning_gym_process, sandbox
 from fipo_trl.rewards.reasoning_gym import predicted_answer, reasoning_gym_accuracy, reasoning_gym_reward
 from fipo_trl.rewards.reasoning_gym_process import EVALUATED, PARSED_BY_SYMPY, is_code, process_of
 
@@ -102,13 +103,22 @@ def own_score(dataset, entry, answer):
         return 0.0
 
 
+# The package's folder without its `__init__.py`, which imports torch
+BARE = f"""
+import sys, types
+for name in ("fipo_trl", "fipo_trl.rewards"):
+    package = sys.modules[name] = types.ModuleType(name)
+    package.__path__ = [{str(Path(reasoning_gym_process.__file__).parent)!r}]
+"""
+
+
 def run_beside(code, *arguments, **environment):
     """Output of a Python process that imports reasoning_gym_process.py, and not torch. In a folder of its own: beside
     it there is a module with the name of reasoning-gym's."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(reasoning_gym_process.__file__, folder)
         environment = os.environ | {"PYTHONPATH": folder} | environment
-        command = [sys.executable, "-c", code, *arguments]
+        command = [sys.executable, "-c", BARE + code, *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
@@ -408,6 +418,45 @@ def test_examples_are_turns_before_the_question(gcd):
         _, entry = entry_of(row["problem"])
         assert question["content"] == entry["question"]
         assert reasoning_gym_accuracy([f"<answer>{row['solution']}</answer>"], [row["problem"]]) == [1.0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is made of what Linux has")
+def test_scorers_run_in_the_sandbox(tmp_path):
+    """Asked of the process in which they run, of a copy of the module that evaluates what it is asked."""
+    (tmp_path / "beside").mkdir()
+    copy = tmp_path / "beside" / "reasoning_gym_process.py"
+    source = Path(reasoning_gym_process.__file__).read_text()
+    changed = source.replace('"score": score}', '"score": score, "look": eval}').replace('{"make": 120', '{"look": 9')
+    assert changed != source
+    copy.write_text(changed)
+    (tmp_path / "outside").touch()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        looks = [
+            f"__import__('os').path.exists({str(tmp_path / 'outside')!r})",
+            f"__import__('socket').socket().connect_ex({server.getsockname()!r}) == 0",
+            "__import__('os').getuid() == 0",
+            "'HF_TOKEN' in __import__('os').environ",
+            "__import__('importlib').util.find_spec('reasoning_gym') is not None",
+        ]
+        code = "import json, sys\nfrom reasoning_gym_process import ask\n"
+        code += "print(json.dumps([ask('look', each) for each in sys.argv[1:]]))"
+        environment = os.environ | {"PYTHONPATH": str(copy.parent), "HF_TOKEN": "secret"}
+        command = [sys.executable, "-c", BARE + code, *looks]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == [False, False, False, False, True]
+
+
+def test_scorers_that_evaluate_need_a_sandbox(monkeypatch, gcd):
+    row = few("countdown")["train"][0]
+    monkeypatch.setattr(sandbox, "isolation_problem", lambda: "bubblewrap is not installed")
+    sandbox.warn_of.cache_clear()
+    right = f"<answer>{row['solution']}</answer>"
+    for completion in (right, ""):
+        with pytest.raises(ValueError, match="cannot be isolated here: bubblewrap is not installed"):
+            reasoning_gym_accuracy([completion], [row["problem"]])
+    assert reasoning_gym_accuracy([right], [row["problem"]], allow_unsandboxed=True) == [1.0]
+    assert reasoning_gym_accuracy([f"<answer>{gcd['solution']}</answer>"], [gcd["problem"]]) == [1.0]
 
 
 def test_a_process_that_was_killed_is_replaced(gcd):

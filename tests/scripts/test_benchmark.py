@@ -19,6 +19,7 @@ import pytest
         ("memory", ["peak, (B, T) float32", "influence_weights, ms", "share"]),
         ("evaluation", ["batch_size", "s", "times as fast", "avg@8"]),
         ("dynamic-sampling", ["keep rate", "least possible", "auto", "3x (DAPO)", "4x (FIPO)"]),
+        ("code-reward", ["isolated, ms", "limits only, ms", "isolation, ms", "answers/s"]),
     ],
 )
 def test_quick(monkeypatch, capsys, command, columns):
@@ -33,6 +34,8 @@ def test_quick(monkeypatch, capsys, command, columns):
         errors = [float(cell) for cell in re.findall(r" (\de[-+]\d\d) \|", rows[0])]
         assert len(errors) == 3
         assert max(errors) < 1e-5  # all three compute the same thing
+    if command == "code-reward":
+        assert "2 answers of 0.1 s of CPU time, 2 right" in printed
     if command == "update":
         shares = [float(share) for share in rows[1].split("|")[-2].split(",")]
         grouped, grpo, ungrouped, trimmed = shares
