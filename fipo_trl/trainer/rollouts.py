@@ -56,6 +56,7 @@ def make_sampler(trainer: "DAPOTrainer") -> DynamicSampler:
         carry_over=args.dynamic_sampling_carry_over,
         strict=args.dynamic_sampling_strict,
         multiple=world_size // math.gcd(world_size, trainer.num_generations),
+        skip=args.dynamic_sampling_skip,
     )
 
 

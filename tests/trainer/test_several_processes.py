@@ -8,7 +8,7 @@ import pandas
 import pytest
 import torch
 from held import REWARD, HeldRun
-from tiny import distance, make_model
+from tiny import PROMPTS, distance, make_model
 
 
 TESTS = Path(__file__).parents[1]
@@ -83,11 +83,15 @@ def test_two_processes_equal_one(tmp_path, settings):
 
 
 @pytest.mark.parametrize(
-    ("processes", "completions", "generations", "carry_over"),
-    [(2, 12, 4, False), (3, 24, 6, True)],  # 6 completions per process in groups of 4; 8 in groups of 6
+    ("processes", "completions", "generations", "more"),
+    [  # 6 completions per process in groups of 4; 8 in groups of 6
+        (2, 12, 4, {"dynamic_sampling_skip": True, "prompts": PROMPTS[:8], "max_steps": 16, "learning_rate": 0.02}),
+        (3, 24, 6, {"dynamic_sampling_carry_over": True}),
+    ],
+    ids=["skip", "carry over"],
 )
 def test_dynamic_sampling_keeps_the_same_groups_on_several_processes(
-    tmp_path, processes, completions, generations, carry_over
+    tmp_path, processes, completions, generations, more
 ):
     settings = SETTINGS | {
         "per_device_train_batch_size": completions,
@@ -95,12 +99,14 @@ def test_dynamic_sampling_keeps_the_same_groups_on_several_processes(
         "steps_per_generation": 1,
         "num_iterations": 2,
         "dynamic_sampling": True,
-        "dynamic_sampling_carry_over": carry_over,
         "log_completions": True,
+        **more,
     }
     runs = [train(tmp_path, count, settings) for count in (1, processes)]
     rows = assert_equal(*runs, processes, names=("dynamic_sampling/", "completions/", "policy/", "behaviour/"))
     assert max(row.get("dynamic_sampling/rounds", 0) for row in rows) > 1
+    if more.get("dynamic_sampling_skip"):
+        assert sum(row.get("dynamic_sampling/skipped", 0) for row in rows) > 5
     tables = [sorted((tmp_path / f"run_on_{count}" / "completions").iterdir()) for count in (1, processes)]
     for mine, theirs in zip(*tables, strict=True):
         pandas.testing.assert_frame_equal(pandas.read_parquet(mine), pandas.read_parquet(theirs), rtol=1e-3)
