@@ -9,7 +9,8 @@
 `future-kl` times Future-KL against the matrix product of the official code, a serial scan and one pass of `exp`;
 `update` times optimizer updates of TRL's GRPOTrainer and of FIPOTrainer on the same completions, of equal and of
 long-tailed lengths; `memory` measures what the influence weights add to an update, `monitoring` what metrics and
-collapse alarm add; `dynamic-sampling` counts, without a model, how many groups are sampled for one that is trained on.
+collapse alarm add; `dynamic-sampling` counts, without a model, how many groups are sampled for one that is trained on,
+also where prompts of earlier epochs are remembered.
 All that a row compares takes turns in the same run, and a time is the median of these rounds. Other load spoils the
 times: look at `uptime` first. With `--quick` every subcommand takes seconds, to see that it works; its times mean
 nothing.
@@ -49,6 +50,7 @@ from fipo_trl.trainer.dynamic_sampling import DynamicSampler, PromptStream
 TINY_BASE = Path(__file__).parents[1] / "recipes/tiny/base"
 HALF_LIFE = 32.0  # tokens
 BLOCK = 128  # keys per matrix product in the official code
+GENERATIONS = 16  # completions of a group, where only their rewards are simulated
 UPDATES_PER_GENERATION = 2  # in the first every influence weight is 1; in the second FIPO acts
 
 
@@ -403,6 +405,109 @@ def run_dynamic_sampling(args):
         f"Groups sampled per group trained on, and in brackets the rounds per batch of {args.prompts} groups: means\n"
         f"of {args.rounds} batches. The keep rate is the share of prompts whose completions differ in reward.",
     )
+    print()
+    run_skipping(args)
+
+
+class LearnablePrompts:
+    """Prompts of different difficulty under a policy that learns: in place of a model, pass rates that rise.
+
+    The log-odds of a prompt's pass rate are normal over the prompts. They rise over the run, and wander a little.
+    """
+
+    def __init__(self, rows: int, generations: int, spread: float):
+        self.generator = torch.Generator().manual_seed(0)
+        self.rise = 3.0 / generations
+        self.log_odds = spread * self.normal(rows) - 1.5
+        self.streaks = torch.zeros(rows)  # visits in a row that were not mixed
+        self.waiting: dict[int, int] = {}  # row: where the stream stood when the prompt became worth a visit
+        self.waited: list[int] = []  # positions of the stream that went by, until there was one
+
+    def normal(self, rows):
+        return torch.randn(rows, generator=self.generator)
+
+    def learn(self, position: int):
+        """One generation. `position`: where the stream stands."""
+        self.log_odds += self.rise + 0.03 * self.normal(len(self.log_odds))
+        rates = self.log_odds.sigmoid()
+        mixed = 1 - rates**GENERATIONS - (1 - rates) ** GENERATIONS
+        for row in ((self.streaks >= 3) & (mixed > 0.5)).nonzero()[:, 0].tolist():
+            self.waiting.setdefault(row, position)
+
+    def roll_out(self, rows):
+        rates = self.log_odds[rows].sigmoid().expand(GENERATIONS, -1)
+        rewards = torch.bernoulli(rates, generator=self.generator).T.unsqueeze(2)
+        return rewards, [{} for _ in rows]
+
+    def visit(self, position: int, visits):
+        """Of the generation before: (row, whether it was mixed)."""
+        for row, mixed in visits:
+            self.streaks[row] = 0 if mixed else self.streaks[row] + 1
+            if row in self.waiting:
+                self.waited.append(position - self.waiting.pop(row))
+
+
+def simulate_epochs(skip: bool, args) -> tuple[list[dict[str, float]], list[float]]:
+    """Sums of what each epoch took, and the epochs that prompts worth a visit waited for one."""
+    rows = args.rows
+    sampler = DynamicSampler(PromptStream(rows, seed=0), args.prompts, skip=skip)
+    task = LearnablePrompts(rows, args.generations, args.spread)
+    epochs: list[dict[str, float]] = []
+    for _ in range(args.generations):
+        start = sampler.position
+        task.learn(start)
+        seen = []
+
+        def roll_out(asked, seen=seen):
+            rewards, rollouts = task.roll_out(asked)
+            seen += zip(asked, (rewards.amax(dim=(1, 2)) > rewards.amin(dim=(1, 2))).tolist(), strict=True)
+            return rewards, rollouts
+
+        batch = sampler.fill(roll_out)
+        task.visit(start, seen)
+        if start // rows == len(epochs):
+            epochs.append(dict.fromkeys(("generated", "kept", "skipped", "revived"), 0.0))
+        for name in epochs[-1]:
+            epochs[-1][name] += batch.metrics().get(name, 0.0)
+        epochs[-1] |= {name: batch.skipping[name] for name in ("p_easy", "p_hard") if skip}
+    return epochs, sorted(waited / rows for waited in task.waited)
+
+
+def run_skipping(args):
+    """Epoch by epoch, what is sampled with and without the prompts that GRESO's rule skips."""
+    (auto, waits), (skip, longer_waits) = (simulate_epochs(skip, args) for skip in (False, True))
+
+    def per_kept(epochs):
+        return f"{sum(e['generated'] for e in epochs) / sum(e['kept'] for e in epochs):.2f}"
+
+    rows = []
+    for number in range(max(len(auto), len(skip))):
+        here = skip[number] if number < len(skip) else None
+        rows.append(
+            {
+                "epoch": str(number + 1),
+                "auto": per_kept(auto[number : number + 1]) if number < len(auto) else "-",
+                "skip": per_kept([here]) if here else "-",
+                "skipped": f"{here['skipped'] / args.rows:.2f}" if here else "-",
+                "revived": f"{here['revived']:.0f}" if here else "-",
+                "p_easy": f"{here['p_easy']:.2f}" if here else "-",
+                "p_hard": f"{here['p_hard']:.2f}" if here else "-",
+            }
+        )
+    rows.append(dict.fromkeys(rows[0], "") | {"epoch": "all", "auto": per_kept(auto), "skip": per_kept(skip)})
+    median_and_most = [
+        f"{median(found):.1f}, {found[int(0.9 * len(found))]:.1f}" if found else "none waited"
+        for found in (waits, longer_waits)
+    ]
+    report(
+        rows,
+        f"Groups sampled per group trained on, by epoch: {args.rows} prompts, {args.generations} generations of "
+        f"{args.prompts} groups of {GENERATIONS}. Log-odds\nof the pass rates are normal with deviation "
+        f"{args.spread:g}; "
+        "their mean rises from -1.5 to 1.5. Skipped: of the prompts that the stream passed.\nA prompt that was not "
+        "mixed at 3 visits or more, and now is more likely than not, waits for its next visit, in epochs\n(median, "
+        f"90th percentile): auto {median_and_most[0]}; skip {median_and_most[1]}.",
+    )
 
 
 # Printing
@@ -444,7 +549,7 @@ QUICK = {  # what --quick sets
     "update": {"rounds": 1, "longest": 32, "sequences": 8, "micro_batches": [4]},
     "monitoring": {"rounds": 1, "longest": 32, "sequences": 8, "micro_batches": [4]},
     "memory": {"rounds": 2, "slow_rounds": 1, "shapes": ["2x64", "2x300"]},
-    "dynamic-sampling": {"rounds": 5, "prompts": 64},
+    "dynamic-sampling": {"rounds": 5, "prompts": 64, "rows": 500, "generations": 20},
 }
 
 
@@ -475,6 +580,9 @@ def parse(argv=None):
     memory = add("memory", run_memory, 30, "peak memory of influence_weights, and its time beside that of the model")
     sampling = add("dynamic-sampling", run_dynamic_sampling, 100, "groups sampled per group trained on")
     sampling.add_argument("--prompts", type=int, default=512, help="of a generation batch")
+    sampling.add_argument("--rows", type=int, default=17_000, help="prompts of the dataset, where they are remembered")
+    sampling.add_argument("--generations", type=int, default=300, help="of the run in which they are remembered")
+    sampling.add_argument("--spread", type=float, default=3.0, help="of pass rates: deviation of their log-odds")
 
     shapes = "8x1024xfloat32 8x8192xfloat32 8x20480xfloat32 8x20480xfloat64 8x20480xbfloat16 1x131072xfloat32"
     kl.add_argument("--shapes", nargs="+", metavar="BxTxDTYPE", default=shapes.split(), help="inputs")

@@ -32,10 +32,17 @@ import pytest
 def test_quick(command, columns):
     run = subprocess.run([sys.executable, "scripts/benchmark.py", command, "--quick"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    header, _, *rows = [line for line in run.stdout.splitlines() if line.startswith("|")]
+    first_table, *others = run.stdout.split("\n\n|")
+    header, _, *rows = [line for line in first_table.splitlines() if line.startswith("|")]
     assert all(column in header for column in columns)
     assert len(rows) == (9 if command == "dynamic-sampling" else 2)
     assert f"python scripts/benchmark.py {command} --quick" in run.stdout
+    if command == "dynamic-sampling":
+        (table,) = others
+        *epochs, total = [line.split("|")[1:-1] for line in table.splitlines() if line.count("|") == 8][1:]
+        auto, skip = (float(cell) for cell in total[1:3])
+        assert 1 < skip < auto
+        assert epochs[0][1] == epochs[0][2]  # nothing is skipped in the first pass
     if command == "future-kl":
         errors = [float(cell) for cell in re.findall(r" (\de[-+]\d\d) \|", rows[0])]
         assert len(errors) == 3
