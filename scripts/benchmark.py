@@ -2,15 +2,16 @@
 
     OMP_NUM_THREADS=2 python scripts/benchmark.py future-kl
     OMP_NUM_THREADS=2 python scripts/benchmark.py update
+    OMP_NUM_THREADS=1 python scripts/benchmark.py step
     OMP_NUM_THREADS=2 python scripts/benchmark.py memory
     OMP_NUM_THREADS=2 python scripts/benchmark.py monitoring
     python scripts/benchmark.py dynamic-sampling
 
 `future-kl` times Future-KL against the matrix product of the official code, a serial scan and one pass of `exp`;
 `update` times optimizer updates of TRL's GRPOTrainer and of FIPOTrainer on the same completions, of equal and of
-long-tailed lengths; `memory` measures what the influence weights add to an update, `monitoring` what metrics and
-collapse alarm add; `dynamic-sampling` counts, without a model, how many groups are sampled for one that is trained on,
-also where prompts of earlier epochs are remembered.
+long-tailed lengths; `step` times whole training steps of both, and what they consist of; `memory` measures what the
+influence weights add to an update, `monitoring` what metrics and collapse alarm add; `dynamic-sampling` counts,
+without a model, how many groups are sampled for one that is trained on, also where earlier epochs are remembered.
 All that a row compares takes turns in the same run, and a time is the median of these rounds. Other load spoils the
 times: look at `uptime` first. With `--quick` every subcommand takes seconds, to see that it works; its times mean
 nothing.
@@ -36,7 +37,14 @@ import trl
 from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TrainerCallback,
+)
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOTrainer
 
@@ -173,6 +181,8 @@ TRAINERS = {  # name: class, group_by_length
     "ungrouped": (FIPOTrainer, False),
     "trimmed": (TrimmingOnly, True),
 }
+DYNAMIC = "FIPOTrainer, dynamic sampling"
+STEPS = {DYNAMIC: (FIPOTrainer, True)} | {name: TRAINERS[name] for name in ("FIPOTrainer", "GRPOTrainer")}
 MONITORED = {"FIPOTrainer": (FIPOTrainer, True), "DAPOTrainer": (DAPOTrainer, True)}
 
 
@@ -192,21 +202,21 @@ def make_lengths(distribution: str, number: int, longest: int, spread: float) ->
     return [max(1, round(longest * math.exp(log - logs[-1]))) for log in logs]
 
 
-def letter_share(completions, **kwargs):
+def mean_letter(completions, **kwargs):
     """A reward that differs between completions."""
-    return [completion.count("a") / len(completion) for completion in completions]
+    return [sum(map(ord, completion)) / len(completion) for completion in completions]
 
 
 class Cycle:
     """A trainer, and what it does on each generation: stubbed rollouts, the old-log-prob pass, the updates."""
 
     def __init__(self, name, distribution, micro_batch_size, args, folder):
-        trainer_class, group_by_length = (TRAINERS | MONITORED)[name]
+        trainer_class, group_by_length = (TRAINERS | MONITORED | STEPS)[name]
         tokenizer = AutoTokenizer.from_pretrained(TINY_BASE, padding_side="left")
         self.lengths = make_lengths(distribution, UPDATES_PER_GENERATION * args.sequences, args.longest, args.spread)
         self.trainer = trainer_class(
             model=make_model(),
-            reward_funcs=letter_share,
+            reward_funcs=mean_letter,
             # A FIPOConfig is a GRPOConfig, too: one objective and one optimizer for all
             args=(DAPOConfig if trainer_class is DAPOTrainer else FIPOConfig)(
                 output_dir=folder,
@@ -218,7 +228,11 @@ class Cycle:
                 max_steps=1,
                 learning_rate=1e-4,
                 group_by_length=group_by_length,
+                dynamic_sampling=name == DYNAMIC,
                 report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+                logging_steps=1,
                 use_cpu=args.device == "cpu",
                 bf16=False,
                 gradient_checkpointing=False,
@@ -282,6 +296,124 @@ def run_update(args):
         "old-log-prob pass, rewards and optimizer included.\nFIPOTrainer sorts and cuts. ungrouped: it with "
         "group_by_length=False. trimmed: micro-batches and the chunks of the\nold-log-prob pass are cut, not sorted. "
         "Not padding: share of the tokens that updates computed, in column order.",
+    )
+
+
+# step
+
+
+class ForcedLengths(LogitsProcessor):
+    """Ends each row at a length of its own, and not before: (B,) lengths in tokens, EOS included."""
+
+    def __init__(self, lengths: list[int], prompt_length: int, eos_token_id: int):
+        self.lengths, self.prompt_length, self.eos_token_id = torch.tensor(lengths), prompt_length, eos_token_id
+
+    def __call__(self, input_ids, scores):
+        ends = self.lengths.to(scores.device) == input_ids.shape[1] - self.prompt_length + 1
+        eos = scores[:, self.eos_token_id].clone()
+        scores[:, self.eos_token_id] = -math.inf
+        scores[ends] = -math.inf
+        scores[ends, self.eos_token_id] = eos[ends]
+        return scores
+
+
+class Step(Cycle, TrainerCallback):
+    """Trains for some generations as a user would, and adds up what takes how long.
+
+    Completions are really sampled, and end at lengths that are given; which tokens is left to the policy.
+    """
+
+    PARTS = ("generation", "scoring", "old log-probs", "update")
+
+    def __init__(self, name, distribution, args, folder):
+        super().__init__(name, distribution, args.micro_batch, args, folder)
+        trainer = self.trainer
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(self)
+        trainer.args.max_steps = UPDATES_PER_GENERATION * args.generations
+        trainer.rollout_func = partial(self.clocked, "generation", self.sample)
+        for part, method in {
+            "scoring": "_calculate_rewards",
+            "old log-probs": "_get_per_token_logps_and_entropies",
+            "update": "compute_loss",
+        }.items():
+            setattr(trainer, method, partial(self.clocked, part, getattr(trainer, method)))
+        trainer.accelerator.backward = partial(self.clocked, "update", trainer.accelerator.backward)
+        trainer.optimizer.step = partial(self.clocked, "update", trainer.optimizer.step)
+        self.inside = False
+        self.rounds: list[dict[str, float]] = []  # seconds
+
+    def clocked(self, part, function, *args, **kwargs):
+        if self.inside:  # the forward pass of a loss is part of the update
+            return function(*args, **kwargs)
+        self.inside = True
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.rounds[-1][part] += time.perf_counter() - start
+            self.inside = False
+
+    def sample(self, prompts, trainer):
+        tokenizer, model = trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model)
+        order = torch.randperm(len(prompts)).tolist()
+        lengths = [self.lengths[i % len(self.lengths)] for i in order]
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(trainer.accelerator.device)
+        start = inputs["input_ids"].shape[1]
+        forced = ForcedLengths(lengths, start, tokenizer.eos_token_id)
+        with torch.no_grad():
+            tokens = model.generate(
+                **inputs,
+                do_sample=True,
+                max_new_tokens=max(lengths),
+                logits_processor=LogitsProcessorList([forced]),
+                pad_token_id=tokenizer.pad_token_id,
+            )[:, start:].tolist()
+        return {
+            "prompt_ids": [tokenizer.encode(prompt) for prompt in prompts],
+            "completion_ids": [row[:length] for row, length in zip(tokens, lengths, strict=True)],
+            "logprobs": None,
+        }
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.rounds.append(dict.fromkeys(self.PARTS, 0.0))
+            self.began = time.perf_counter()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.rounds[-1]["total"] = time.perf_counter() - self.began
+
+    def __call__(self):
+        self.trainer._step = 0
+        self.trainer.train()
+
+    def medians(self) -> dict[str, float]:
+        """Seconds of a generation and its updates, without the warm-up."""
+        generations = self.trainer.args.max_steps / UPDATES_PER_GENERATION
+        times = {name: median(each[name] for each in self.rounds[1:]) / generations for name in self.rounds[0]}
+        other = median(each["total"] - sum(each[part] for part in self.PARTS) for each in self.rounds[1:])
+        total = times.pop("total")
+        return times | {"other": other / generations, "total": total}
+
+
+def run_step(args):
+    rows = []
+    for distribution in progress(args.lengths):
+        with tempfile.TemporaryDirectory() as folder:
+            steps = {name: Step(name, distribution, args, folder) for name in STEPS}
+            medians(steps, dict.fromkeys(steps, args.rounds), args.device)
+        times = {name: step.medians() for name, step in steps.items()}
+        for name, parts in times.items():
+            row = {"lengths": distribution, "trainer": name}
+            row |= {part: f"{seconds:.3f}" for part, seconds in parts.items()}
+            rows.append(row | {"of GRPO's": f"{parts['total'] / times['GRPOTrainer']['total']:.2f}"})
+    report(
+        rows,
+        f"Seconds of a training step: a generation of {UPDATES_PER_GENERATION * args.sequences} completions, the "
+        f"longest of {args.longest} tokens, and its {UPDATES_PER_GENERATION} updates, by `train()`,\nwith a log after "
+        f"each. Medians of {args.rounds} rounds of {args.generations} generations. Completions are sampled by the "
+        "trainer's model with transformers;\ntheir lengths are given. Other: decoding, padding, advantages, metrics, "
+        "logs, sorting by length, clipping, the data loader.",
     )
 
 
@@ -547,6 +679,7 @@ def report(rows: list[dict[str, str]], note: str):
 QUICK = {  # what --quick sets
     "future-kl": {"rounds": 2, "slow_rounds": 1, "shapes": ["2x300xfloat32", "2x300xbfloat16"]},
     "update": {"rounds": 1, "longest": 32, "sequences": 8, "micro_batches": [4]},
+    "step": {"rounds": 1, "longest": 32, "sequences": 8, "generations": 1},
     "monitoring": {"rounds": 1, "longest": 32, "sequences": 8, "micro_batches": [4]},
     "memory": {"rounds": 2, "slow_rounds": 1, "shapes": ["2x64", "2x300"]},
     "dynamic-sampling": {"rounds": 5, "prompts": 64, "rows": 500, "generations": 20},
@@ -576,6 +709,7 @@ def parse(argv=None):
 
     kl = add("future-kl", run_future_kl, 60, "time of Future-KL, beside other ways to compute it")
     update = add("update", run_update, 3, "time of an optimizer update, with and without grouping by length")
+    step = add("step", run_step, 3, "time of a whole training step, and of what it consists")
     monitoring = add("monitoring", run_monitoring, 5, "time of an optimizer update, with and without monitoring")
     memory = add("memory", run_memory, 30, "peak memory of influence_weights, and its time beside that of the model")
     sampling = add("dynamic-sampling", run_dynamic_sampling, 100, "groups sampled per group trained on")
@@ -590,12 +724,16 @@ def parse(argv=None):
     kl.add_argument("--longest-block-sum", type=int, default=20480, help="largest T that the block sum is run on")
 
     lengths = ["equal", "long-tailed"]
-    for sub, sizes in ((update, [1, 4, 8]), (monitoring, [4])):
+    for sub, sizes in ((update, [1, 4, 8]), (monitoring, [4]), (step, None)):
         sub.add_argument("--lengths", nargs="+", choices=lengths, default=lengths, help="distributions of lengths")
         sub.add_argument("--longest", type=int, default=256, help="longest completion, in tokens")
         sub.add_argument("--spread", type=float, default=0.65, help="of long-tailed lengths: deviation of their log")
-        sub.add_argument("--micro-batches", nargs="+", type=int, default=sizes, help="per_device_train_batch_size")
+        if sizes:
+            sub.add_argument("--micro-batches", nargs="+", type=int, default=sizes, help="per_device_train_batch_size")
         sub.add_argument("--sequences", type=int, default=128, help="per update: a multiple of 4 and micro-batches")
+
+    step.add_argument("--micro-batch", type=int, default=4, help="per_device_train_batch_size")
+    step.add_argument("--generations", type=int, default=1, help="that a round trains on")
 
     shapes = "4x128 4x512 8x2048 1x20480 8x20480"
     memory.add_argument("--shapes", nargs="+", metavar="BxT", default=shapes.split(), help="inputs")

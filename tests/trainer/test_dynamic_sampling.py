@@ -348,6 +348,19 @@ def test_generation_of_transformers_is_split_into_calls_of_a_generation_batch(tm
     assert calls == [32, 32, 16]
 
 
+def test_rows_are_read_in_one_go_and_are_copies(tmp_path, monkeypatch):
+    reads = []
+    original = Dataset._getitem
+    monkeypatch.setattr(Dataset, "_getitem", lambda self, key, *a: reads.append(key) or original(self, key, *a))
+    rollouts = make(tmp_path)._group_rollouts
+    rollouts.dataset = Dataset.from_dict({"prompt": [[{"role": "user", "content": prompt}] for prompt in PROMPTS]})
+    reads.clear()
+    first, second = rollouts._rows([3, 3])
+    assert reads == [[3, 3]]
+    first["prompt"][0]["content"] = first["new"] = "changed"
+    assert second == {"prompt": [{"role": "user", "content": PROMPTS[3]}]} == rollouts._rows([3])[0]
+
+
 def test_prompts_of_both_arms_are_the_same(tmp_path):
     arms = [make(tmp_path, trainer_class) for trainer_class in (FIPOTrainer, DAPOTrainer)]
     for trainer in arms:
