@@ -71,8 +71,9 @@ def metrics_of(
     if run.has("reward"):
         metrics["updates_to_80"] = updates_to(run)
     metrics["alarms"] = float(run.collapse is not None)
-    if run.has("dynamic_sampling/generated"):  # of each generation
-        generated = [row["dynamic_sampling/generated"] for row in run.rows if "dynamic_sampling/generated" in row]
+    generated = [row.get("dynamic_sampling/generated") for row in run.rows]  # per generation
+    generated = [prompts for prompts in generated if prompts is not None]
+    if generated and run.has("rollout_iteration"):
         metrics["prompts_sampled"] = fmean(generated) * run.rows[-1]["rollout_iteration"]
     if run.has("step_time"):
         times = [row["step_time"] for row in run.rows if row.get("step_time") is not None]

@@ -21,6 +21,11 @@ import pytest
             ["FIPOTrainer, ms", "FIPOTrainer: share", "DAPOTrainer: monitoring, ms", "DAPOTrainer: share"],
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            "step",
+            ["trainer", "generation", "scoring", "old log-probs", "update", "other", "total", "of GRPO's"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param("memory", ["peak, (B, T) float32", "influence_weights, ms", "share"], marks=pytest.mark.slow),
         pytest.param(
             "dynamic-sampling",
@@ -35,7 +40,7 @@ def test_quick(command, columns):
     first_table, *others = run.stdout.split("\n\n|")
     header, _, *rows = [line for line in first_table.splitlines() if line.startswith("|")]
     assert all(column in header for column in columns)
-    assert len(rows) == (9 if command == "dynamic-sampling" else 2)
+    assert len(rows) == {"dynamic-sampling": 9, "step": 6}.get(command, 2)
     assert f"python scripts/benchmark.py {command} --quick" in run.stdout
     if command == "dynamic-sampling":
         (table,) = others
@@ -47,6 +52,11 @@ def test_quick(command, columns):
         errors = [float(cell) for cell in re.findall(r" (\de[-+]\d\d) \|", rows[0])]
         assert len(errors) == 3
         assert max(errors) < 1e-5  # all three compute the same thing
+    if command == "step":
+        for row in rows:
+            *parts, total, _ = map(float, row.split("|")[3:-1])
+            assert sum(parts) == pytest.approx(total, rel=0.1)
+            assert min(parts) >= 0
     if command == "update":
         shares = [float(share) for share in rows[1].split("|")[-2].split(",")]
         grouped, grpo, ungrouped, trimmed = shares
