@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=2 python scripts/benchmark.py future-kl
     OMP_NUM_THREADS=2 python scripts/benchmark.py update
+    OMP_NUM_THREADS=1 python scripts/benchmark.py step
     OMP_NUM_THREADS=2 python scripts/benchmark.py memory
     OMP_NUM_THREADS=2 python scripts/benchmark.py monitoring
     OMP_NUM_THREADS=1 python scripts/benchmark.py evaluation
@@ -10,10 +11,11 @@
 
 `future-kl` times Future-KL against the matrix product of the official code, a serial scan and one pass of `exp`;
 `update` times optimizer updates of TRL's GRPOTrainer and of FIPOTrainer on the same completions, of equal and of
-long-tailed lengths; `memory` measures what the influence weights add to an update, `monitoring` what metrics and
-collapse alarm add; `evaluation` times the answers to the tiny task's held-out problems, in batches of several sizes;
-`dynamic-sampling` counts, without a model, how many groups are sampled for one that is trained on;
-`code-reward` times programs in the sandbox and out of it, and the reward over answers that take long.
+long-tailed lengths; `step` times whole training steps of both, and what they consist of; `memory` measures what the
+influence weights add to an update, `monitoring` what metrics and collapse alarm add; `evaluation` times the answers to
+the tiny task's held-out problems, in batches of several sizes; `dynamic-sampling` counts, without a model, how many
+groups are sampled for one that is trained on, also where earlier epochs are remembered; `code-reward` times programs
+in the sandbox and out of it, and the reward over answers that take long.
 All that a row compares takes turns in the same run, and a time is the median of these rounds. Other load spoils the
 times: look at `uptime` first. With `--quick` every subcommand takes seconds, to see that it works; its times mean
 nothing.
@@ -40,7 +42,14 @@ import trl
 from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TrainerCallback,
+)
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOTrainer
 
@@ -60,6 +69,7 @@ from fipo_trl.trainer.dynamic_sampling import DynamicSampler, PromptStream
 TINY_BASE = Path(__file__).parents[1] / "recipes/tiny/base"
 HALF_LIFE = 32.0  # tokens
 BLOCK = 128  # keys per matrix product in the official code
+GENERATIONS = 16  # completions of a group, where only their rewards are simulated
 UPDATES_PER_GENERATION = 2  # in the first every influence weight is 1; in the second FIPO acts
 
 
@@ -182,6 +192,8 @@ TRAINERS = {  # name: class, group_by_length
     "ungrouped": (FIPOTrainer, False),
     "trimmed": (TrimmingOnly, True),
 }
+DYNAMIC = "FIPOTrainer, dynamic sampling"
+STEPS = {DYNAMIC: (FIPOTrainer, True)} | {name: TRAINERS[name] for name in ("FIPOTrainer", "GRPOTrainer")}
 MONITORED = {"FIPOTrainer": (FIPOTrainer, True), "DAPOTrainer": (DAPOTrainer, True)}
 
 
@@ -201,21 +213,21 @@ def make_lengths(distribution: str, number: int, longest: int, spread: float) ->
     return [max(1, round(longest * math.exp(log - logs[-1]))) for log in logs]
 
 
-def letter_share(completions, **kwargs):
+def mean_letter(completions, **kwargs):
     """A reward that differs between completions."""
-    return [completion.count("a") / len(completion) for completion in completions]
+    return [sum(map(ord, completion)) / len(completion) for completion in completions]
 
 
 class Cycle:
     """A trainer, and what it does on each generation: stubbed rollouts, the old-log-prob pass, the updates."""
 
     def __init__(self, name, distribution, micro_batch_size, args, folder, model=None, **settings):
-        trainer_class, group_by_length = (TRAINERS | MONITORED)[name]
+        trainer_class, group_by_length = (TRAINERS | MONITORED | STEPS)[name]
         tokenizer = AutoTokenizer.from_pretrained(TINY_BASE, padding_side="left")
         self.lengths = make_lengths(distribution, UPDATES_PER_GENERATION * args.sequences, args.longest, args.spread)
         self.trainer = trainer_class(
             model=model or make_model(),
-            reward_funcs=letter_share,
+            reward_funcs=mean_letter,
             # A FIPOConfig is a GRPOConfig, too: one objective and one optimizer for all
             args=(DAPOConfig if trainer_class is DAPOTrainer else FIPOConfig)(
                 output_dir=folder,
@@ -227,7 +239,11 @@ class Cycle:
                 max_steps=1,
                 learning_rate=1e-4,
                 group_by_length=group_by_length,
+                dynamic_sampling=name == DYNAMIC,
                 report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+                logging_steps=1,
                 use_cpu=args.device == "cpu",
                 **{"bf16": False, "gradient_checkpointing": False} | settings,
             ),
@@ -290,6 +306,124 @@ def run_update(args):
         "old-log-prob pass, rewards and optimizer included.\nFIPOTrainer sorts and cuts. ungrouped: it with "
         "group_by_length=False. trimmed: micro-batches and the chunks of the\nold-log-prob pass are cut, not sorted. "
         "Not padding: share of the tokens that updates computed, in column order.",
+    )
+
+
+# step
+
+
+class ForcedLengths(LogitsProcessor):
+    """Ends each row at a length of its own, and not before: (B,) lengths in tokens, EOS included."""
+
+    def __init__(self, lengths: list[int], prompt_length: int, eos_token_id: int):
+        self.lengths, self.prompt_length, self.eos_token_id = torch.tensor(lengths), prompt_length, eos_token_id
+
+    def __call__(self, input_ids, scores):
+        ends = self.lengths.to(scores.device) == input_ids.shape[1] - self.prompt_length + 1
+        eos = scores[:, self.eos_token_id].clone()
+        scores[:, self.eos_token_id] = -math.inf
+        scores[ends] = -math.inf
+        scores[ends, self.eos_token_id] = eos[ends]
+        return scores
+
+
+class Step(Cycle, TrainerCallback):
+    """Trains for some generations as a user would, and adds up what takes how long.
+
+    Completions are really sampled, and end at lengths that are given; which tokens is left to the policy.
+    """
+
+    PARTS = ("generation", "scoring", "old log-probs", "update")
+
+    def __init__(self, name, distribution, args, folder):
+        super().__init__(name, distribution, args.micro_batch, args, folder)
+        trainer = self.trainer
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(self)
+        trainer.args.max_steps = UPDATES_PER_GENERATION * args.generations
+        trainer.rollout_func = partial(self.clocked, "generation", self.sample)
+        for part, method in {
+            "scoring": "_calculate_rewards",
+            "old log-probs": "_get_per_token_logps_and_entropies",
+            "update": "compute_loss",
+        }.items():
+            setattr(trainer, method, partial(self.clocked, part, getattr(trainer, method)))
+        trainer.accelerator.backward = partial(self.clocked, "update", trainer.accelerator.backward)
+        trainer.optimizer.step = partial(self.clocked, "update", trainer.optimizer.step)
+        self.inside = False
+        self.rounds: list[dict[str, float]] = []  # seconds
+
+    def clocked(self, part, function, *args, **kwargs):
+        if self.inside:  # the forward pass of a loss is part of the update
+            return function(*args, **kwargs)
+        self.inside = True
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.rounds[-1][part] += time.perf_counter() - start
+            self.inside = False
+
+    def sample(self, prompts, trainer):
+        tokenizer, model = trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model)
+        order = torch.randperm(len(prompts)).tolist()
+        lengths = [self.lengths[i % len(self.lengths)] for i in order]
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(trainer.accelerator.device)
+        start = inputs["input_ids"].shape[1]
+        forced = ForcedLengths(lengths, start, tokenizer.eos_token_id)
+        with torch.no_grad():
+            tokens = model.generate(
+                **inputs,
+                do_sample=True,
+                max_new_tokens=max(lengths),
+                logits_processor=LogitsProcessorList([forced]),
+                pad_token_id=tokenizer.pad_token_id,
+            )[:, start:].tolist()
+        return {
+            "prompt_ids": [tokenizer.encode(prompt) for prompt in prompts],
+            "completion_ids": [row[:length] for row, length in zip(tokens, lengths, strict=True)],
+            "logprobs": None,
+        }
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.rounds.append(dict.fromkeys(self.PARTS, 0.0))
+            self.began = time.perf_counter()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.rounds[-1]["total"] = time.perf_counter() - self.began
+
+    def __call__(self):
+        self.trainer._step = 0
+        self.trainer.train()
+
+    def medians(self) -> dict[str, float]:
+        """Seconds of a generation and its updates, without the warm-up."""
+        generations = self.trainer.args.max_steps / UPDATES_PER_GENERATION
+        times = {name: median(each[name] for each in self.rounds[1:]) / generations for name in self.rounds[0]}
+        other = median(each["total"] - sum(each[part] for part in self.PARTS) for each in self.rounds[1:])
+        total = times.pop("total")
+        return times | {"other": other / generations, "total": total}
+
+
+def run_step(args):
+    rows = []
+    for distribution in progress(args.lengths):
+        with tempfile.TemporaryDirectory() as folder:
+            steps = {name: Step(name, distribution, args, folder) for name in STEPS}
+            medians(steps, dict.fromkeys(steps, args.rounds), args.device)
+        times = {name: step.medians() for name, step in steps.items()}
+        for name, parts in times.items():
+            row = {"lengths": distribution, "trainer": name}
+            row |= {part: f"{seconds:.3f}" for part, seconds in parts.items()}
+            rows.append(row | {"of GRPO's": f"{parts['total'] / times['GRPOTrainer']['total']:.2f}"})
+    report(
+        rows,
+        f"Seconds of a training step: a generation of {UPDATES_PER_GENERATION * args.sequences} completions, the "
+        f"longest of {args.longest} tokens, and its {UPDATES_PER_GENERATION} updates, by `train()`,\nwith a log after "
+        f"each. Medians of {args.rounds} rounds of {args.generations} generations. Completions are sampled by the "
+        "trainer's model with transformers;\ntheir lengths are given. Other: decoding, padding, advantages, metrics, "
+        "logs, sorting by length, clipping, the data loader.",
     )
 
 
@@ -447,6 +581,109 @@ def run_dynamic_sampling(args):
         f"Groups sampled per group trained on, and in brackets the rounds per batch of {args.prompts} groups: means\n"
         f"of {args.rounds} batches. The keep rate is the share of prompts whose completions differ in reward.",
     )
+    print()
+    run_skipping(args)
+
+
+class LearnablePrompts:
+    """Prompts of different difficulty under a policy that learns: in place of a model, pass rates that rise.
+
+    The log-odds of a prompt's pass rate are normal over the prompts. They rise over the run, and wander a little.
+    """
+
+    def __init__(self, rows: int, generations: int, spread: float):
+        self.generator = torch.Generator().manual_seed(0)
+        self.rise = 3.0 / generations
+        self.log_odds = spread * self.normal(rows) - 1.5
+        self.streaks = torch.zeros(rows)  # visits in a row that were not mixed
+        self.waiting: dict[int, int] = {}  # row: where the stream stood when the prompt became worth a visit
+        self.waited: list[int] = []  # positions of the stream that went by, until there was one
+
+    def normal(self, rows):
+        return torch.randn(rows, generator=self.generator)
+
+    def learn(self, position: int):
+        """One generation. `position`: where the stream stands."""
+        self.log_odds += self.rise + 0.03 * self.normal(len(self.log_odds))
+        rates = self.log_odds.sigmoid()
+        mixed = 1 - rates**GENERATIONS - (1 - rates) ** GENERATIONS
+        for row in ((self.streaks >= 3) & (mixed > 0.5)).nonzero()[:, 0].tolist():
+            self.waiting.setdefault(row, position)
+
+    def roll_out(self, rows):
+        rates = self.log_odds[rows].sigmoid().expand(GENERATIONS, -1)
+        rewards = torch.bernoulli(rates, generator=self.generator).T.unsqueeze(2)
+        return rewards, [{} for _ in rows]
+
+    def visit(self, position: int, visits):
+        """Of the generation before: (row, whether it was mixed)."""
+        for row, mixed in visits:
+            self.streaks[row] = 0 if mixed else self.streaks[row] + 1
+            if row in self.waiting:
+                self.waited.append(position - self.waiting.pop(row))
+
+
+def simulate_epochs(skip: bool, args) -> tuple[list[dict[str, float]], list[float]]:
+    """Sums of what each epoch took, and the epochs that prompts worth a visit waited for one."""
+    rows = args.rows
+    sampler = DynamicSampler(PromptStream(rows, seed=0), args.prompts, skip=skip)
+    task = LearnablePrompts(rows, args.generations, args.spread)
+    epochs: list[dict[str, float]] = []
+    for _ in range(args.generations):
+        start = sampler.position
+        task.learn(start)
+        seen = []
+
+        def roll_out(asked, seen=seen):
+            rewards, rollouts = task.roll_out(asked)
+            seen += zip(asked, (rewards.amax(dim=(1, 2)) > rewards.amin(dim=(1, 2))).tolist(), strict=True)
+            return rewards, rollouts
+
+        batch = sampler.fill(roll_out)
+        task.visit(start, seen)
+        if start // rows == len(epochs):
+            epochs.append(dict.fromkeys(("generated", "kept", "skipped", "revived"), 0.0))
+        for name in epochs[-1]:
+            epochs[-1][name] += batch.metrics().get(name, 0.0)
+        epochs[-1] |= {name: batch.skipping[name] for name in ("p_easy", "p_hard") if skip}
+    return epochs, sorted(waited / rows for waited in task.waited)
+
+
+def run_skipping(args):
+    """Epoch by epoch, what is sampled with and without the prompts that GRESO's rule skips."""
+    (auto, waits), (skip, longer_waits) = (simulate_epochs(skip, args) for skip in (False, True))
+
+    def per_kept(epochs):
+        return f"{sum(e['generated'] for e in epochs) / sum(e['kept'] for e in epochs):.2f}"
+
+    rows = []
+    for number in range(max(len(auto), len(skip))):
+        here = skip[number] if number < len(skip) else None
+        rows.append(
+            {
+                "epoch": str(number + 1),
+                "auto": per_kept(auto[number : number + 1]) if number < len(auto) else "-",
+                "skip": per_kept([here]) if here else "-",
+                "skipped": f"{here['skipped'] / args.rows:.2f}" if here else "-",
+                "revived": f"{here['revived']:.0f}" if here else "-",
+                "p_easy": f"{here['p_easy']:.2f}" if here else "-",
+                "p_hard": f"{here['p_hard']:.2f}" if here else "-",
+            }
+        )
+    rows.append(dict.fromkeys(rows[0], "") | {"epoch": "all", "auto": per_kept(auto), "skip": per_kept(skip)})
+    median_and_most = [
+        f"{median(found):.1f}, {found[int(0.9 * len(found))]:.1f}" if found else "none waited"
+        for found in (waits, longer_waits)
+    ]
+    report(
+        rows,
+        f"Groups sampled per group trained on, by epoch: {args.rows} prompts, {args.generations} generations of "
+        f"{args.prompts} groups of {GENERATIONS}. Log-odds\nof the pass rates are normal with deviation "
+        f"{args.spread:g}; "
+        "their mean rises from -1.5 to 1.5. Skipped: of the prompts that the stream passed.\nA prompt that was not "
+        "mixed at 3 visits or more, and now is more likely than not, waits for its next visit, in epochs\n(median, "
+        f"90th percentile): auto {median_and_most[0]}; skip {median_and_most[1]}.",
+    )
 
 
 # Code reward
@@ -524,10 +761,11 @@ def report(rows: list[dict[str, str]], note: str):
 QUICK = {  # what --quick sets
     "future-kl": {"rounds": 2, "slow_rounds": 1, "shapes": ["2x300xfloat32", "2x300xbfloat16"]},
     "update": {"rounds": 1, "longest": 32, "sequences": 8, "micro_batches": [4]},
+    "step": {"rounds": 1, "longest": 32, "sequences": 8, "generations": 1},
     "monitoring": {"rounds": 1, "longest": 32, "sequences": 8, "micro_batches": [4]},
     "memory": {"rounds": 2, "slow_rounds": 1, "shapes": ["2x64", "2x300"]},
     "evaluation": {"rounds": 1, "problems": 4, "batch_sizes": [8, 32]},
-    "dynamic-sampling": {"rounds": 5, "prompts": 64},
+    "dynamic-sampling": {"rounds": 5, "prompts": 64, "rows": 500, "generations": 20},
     "code-reward": {"rounds": 3, "answers": 2, "seconds": 0.1},
 }
 
@@ -555,11 +793,15 @@ def parse(argv=None):
 
     kl = add("future-kl", run_future_kl, 60, "time of Future-KL, beside other ways to compute it")
     update = add("update", run_update, 3, "time of an optimizer update, with and without grouping by length")
+    step = add("step", run_step, 3, "time of a whole training step, and of what it consists")
     monitoring = add("monitoring", run_monitoring, 5, "time of an optimizer update, with and without monitoring")
     memory = add("memory", run_memory, 30, "peak memory of influence_weights, and its time beside that of the model")
     evaluation = add("evaluation", run_evaluation, 3, "time of an evaluation with transformers, by its batch size")
     sampling = add("dynamic-sampling", run_dynamic_sampling, 100, "groups sampled per group trained on")
     sampling.add_argument("--prompts", type=int, default=512, help="of a generation batch")
+    sampling.add_argument("--rows", type=int, default=17_000, help="prompts of the dataset, where they are remembered")
+    sampling.add_argument("--generations", type=int, default=300, help="of the run in which they are remembered")
+    sampling.add_argument("--spread", type=float, default=3.0, help="of pass rates: deviation of their log-odds")
     code = add("code-reward", run_code_reward, 60, "time of programs in the sandbox, and of the reward for them")
     code.add_argument("--answers", type=int, default=32, help="that need the CPU")
     code.add_argument("--seconds", type=float, default=1.0, help="of CPU time that each of them needs")
@@ -570,12 +812,16 @@ def parse(argv=None):
     kl.add_argument("--longest-block-sum", type=int, default=20480, help="largest T that the block sum is run on")
 
     lengths = ["equal", "long-tailed"]
-    for sub, sizes in ((update, [1, 4, 8]), (monitoring, [4])):
+    for sub, sizes in ((update, [1, 4, 8]), (monitoring, [4]), (step, None)):
         sub.add_argument("--lengths", nargs="+", choices=lengths, default=lengths, help="distributions of lengths")
         sub.add_argument("--longest", type=int, default=256, help="longest completion, in tokens")
         sub.add_argument("--spread", type=float, default=0.65, help="of long-tailed lengths: deviation of their log")
-        sub.add_argument("--micro-batches", nargs="+", type=int, default=sizes, help="per_device_train_batch_size")
+        if sizes:
+            sub.add_argument("--micro-batches", nargs="+", type=int, default=sizes, help="per_device_train_batch_size")
         sub.add_argument("--sequences", type=int, default=128, help="per update: a multiple of 4 and micro-batches")
+
+    step.add_argument("--micro-batch", type=int, default=4, help="per_device_train_batch_size")
+    step.add_argument("--generations", type=int, default=1, help="that a round trains on")
 
     shapes = "4x128 4x512 8x2048 1x20480 8x20480"
     memory.add_argument("--shapes", nargs="+", metavar="BxT", default=shapes.split(), help="inputs")

@@ -1,4 +1,4 @@
-"""Two comparisons of FIPO with DAPO, whose results are in recipes/: what `fipo-trl compare` does, with their arms.
+"""Three comparisons whose results are in recipes/: what `fipo-trl compare` does, with their arms.
 
     python scripts/replicate.py --study tiny --jobs 2
     python scripts/replicate.py --study tiny --seeds 1 --arms DAPO "FIPO [1.0, 1.2]"
@@ -16,6 +16,9 @@ from fipo_trl.commands.compare import run_and_print
 
 
 TINY = ["--config", "recipes/tiny/fipo_study.yaml"]
+# 530 prompts and 80 generations of 16: a prompt is visited about as often as in the paper's 32B run
+SKIP = [*("--config", "recipes/tiny/fipo_dynamic.yaml"), *("--dataset_name", "recipes/tiny/skip/train.jsonl")]
+SKIP += ["--max_steps", "640"]
 # As in the paper's ablations, which are of its 7B run: they vary FIPO with the bounds [0.8, 1.2]
 WIDE = [*TINY, "--influence_weight_min", "0.8"]
 STUDIES = {
@@ -34,6 +37,15 @@ STUDIES = {
         ],
         seeds=range(1, 6),
         differences=("avg@32", "mean_length", "updates_to_80", "grad_norm"),
+    ),
+    "skip": Study(
+        arms={"auto": SKIP, "skip": [*SKIP, "--dynamic_sampling_skip", "true"]},
+        evaluation=[
+            *("--dataset", "recipes/tiny/data", "--reward", "recipes.tiny.running_sums.exact_answer"),
+            *("--max_tokens", "128", "--top_p", "1.0"),
+        ],
+        seeds=range(1, 6),
+        differences=("prompts_sampled", "avg@32", "mean_length", "seconds"),
     ),
     "smollm": Study(
         arms={

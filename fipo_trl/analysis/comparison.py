@@ -56,7 +56,8 @@ def metrics_of(
         On held-out problems: `avg@n`, `cons@n`, `pass@n`, `mean_length`, `length_q25`, `length_median`, `length_q75`
         (tokens), `truncated`, and with the patterns `behaviour/*` (shares of the completions); with several sets of
         problems as `aime24: avg@n`. In training, means over all rows: `LOGGED`, and also `grad_norm/max`;
-        `updates_to_80`; `alarms`, 1 where the signature of a collapse shows; `seconds` of sampling and updates.
+        `updates_to_80`; `alarms`, 1 where the signature of a collapse shows; `prompts_sampled` by dynamic sampling;
+        `seconds` of sampling and updates.
     """
     metrics: dict[str, float] = {}
     for evaluation in evaluations:
@@ -70,6 +71,10 @@ def metrics_of(
     if run.has("reward"):
         metrics["updates_to_80"] = updates_to(run)
     metrics["alarms"] = float(run.collapse is not None)
+    generated = [row.get("dynamic_sampling/generated") for row in run.rows]  # per generation
+    generated = [prompts for prompts in generated if prompts is not None]
+    if generated and run.has("rollout_iteration"):
+        metrics["prompts_sampled"] = fmean(generated) * run.rows[-1]["rollout_iteration"]
     if run.has("step_time"):
         times = [row["step_time"] for row in run.rows if row.get("step_time") is not None]
         metrics["seconds"] = fmean(times) * run.rows[-1]["step"]
@@ -158,6 +163,7 @@ ROWS = {
     "entropy": ("entropy, nats", 1, 3),
     "policy/dual_clip_fraction": ("dual-clipped tokens, per million", 1e6, 1),
     "alarms": ("runs with a collapse alarm, %", 100, 0),
+    "prompts_sampled": ("prompts sampled", 1, 0),
     "seconds": ("training, s", 1, 0),
     "fipo/active_fraction": ("weights other than 1, %", 100, 1),
     "fipo/influence_weight/mean": ("mean weight", 1, 4),

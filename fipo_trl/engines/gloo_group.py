@@ -33,4 +33,4 @@ class GlooGroup:
         """Send a tensor from rank 0, into those of the same shape and dtype that the others give."""
         options = torch.distributed.BroadcastOptions()
         options.rootRank = options.rootTensor = 0
-        self._group.broadcast([tensor], options).wait()
+        self._group.broadcast([tensor], options).wait()  # type: ignore[attr-defined]  # not in torch's stubs

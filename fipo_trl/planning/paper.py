@@ -17,6 +17,7 @@ SETTINGS = {
     "updates per generation": (16, 8, 16, 8),
     "dynamic sampling": ("dapo_accuracy, 10 rounds", "dapo_accuracy, 10 rounds", None, None),
     "dynamic_sampling_oversample": (3.0, 4.0, ..., ...),
+    "dynamic_sampling_skip": (False, False, False, False),
     "max_prompt_length": (2048, 2048, 2048, 2048),
     "max_completion_length": (20480, 20480, 8192, 10240),
     "overlong_buffer": (4096, 4096, 4096, 2048),

@@ -47,6 +47,10 @@ class DAPOConfig(GRPOConfig):
             Whether prompts found beyond those that the batch needs come first in the next one, with their completions.
             These were sampled by the policy of one generation before, but are trained on as if the present one had
             sampled them: π_old is computed by the present policy. Otherwise their prompts are sampled anew.
+        dynamic_sampling_skip (`bool`, *optional*, defaults to `False`):
+            Whether prompts whose completions all earned the same at their latest visits are most likely skipped before
+            anything is sampled: the more such visits in a row, the likelier (GRESO, https://arxiv.org/abs/2506.02177).
+            It saves nothing in the first pass over the data. The DAPO and FIPO papers' runs skip none.
 
         > Parameters of rewards
 
@@ -135,6 +139,13 @@ class DAPOConfig(GRPOConfig):
         metadata={
             "help": "Whether surplus prompts come first in the next batch, with their completions, which are then one "
             "generation older."
+        },
+    )
+    dynamic_sampling_skip: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether prompts whose completions all earned the same at their latest visits are most likely "
+            "skipped before anything is sampled (GRESO). Saves nothing in the first pass over the data."
         },
     )
     reward_timeout: float | None = field(

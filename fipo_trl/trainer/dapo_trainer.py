@@ -37,7 +37,7 @@ from fipo_trl.trainer.manifest import (
     set_learning_rate,
     write_manifest,
 )
-from fipo_trl.trainer.metrics import counters, generation_metrics
+from fipo_trl.trainer.metrics import counters, decoded_texts, generation_metrics
 from fipo_trl.trainer.prompts import check_prompts
 from fipo_trl.trainer.resume import dtypes_kept, resolve, restore_generation, save_generation
 from fipo_trl.trainer.reward_calls import RewardCalls
@@ -91,6 +91,7 @@ class DAPOTrainer(GRPOTrainer):
 
         self._train_sampler = None  # TRL's; None for iterable datasets
         self._rewards_per_function: Any = None  # (rows of all processes, F), of the completions just scored
+        self._completions: list[Any] = []  # just scored, as TRL decoded them
         self._loss_scope = LossScope()
         self._changes: Changes | None = None  # of a run that was resumed
         self._group_rollouts: GroupRollouts | None = None
@@ -137,10 +138,11 @@ class DAPOTrainer(GRPOTrainer):
         self._log_generation(outputs)
         return outputs
 
-    def _calculate_rewards(self, *args, **kwargs):
+    def _calculate_rewards(self, inputs, prompts, completions, *args, **kwargs):
+        self._completions = completions
         replayed = self._group_rollouts.replayed_rewards if self._group_rollouts else None
         if replayed is None:
-            self._rewards_per_function = super()._calculate_rewards(*args, **kwargs)
+            self._rewards_per_function = super()._calculate_rewards(inputs, prompts, completions, *args, **kwargs)
             self._reward_calls.finish(self._rewards_per_function, self.accelerator)
         else:
             self._rewards_per_function = replayed
@@ -220,7 +222,9 @@ class DAPOTrainer(GRPOTrainer):
             self._metrics[mode][name].append(value)
 
     def _log_generation(self, generation):
-        texts = self.processing_class.batch_decode(generation["completion_ids"], skip_special_tokens=True)
+        texts = decoded_texts(self._completions, self._tokenizer)
+        if texts is None:
+            texts = self.processing_class.batch_decode(generation["completion_ids"], skip_special_tokens=True)
         patterns = self.args.derivation_pattern, self.args.self_check_pattern
         self._log_metrics(generation_metrics(generation, texts, *patterns, self.accelerator))
 

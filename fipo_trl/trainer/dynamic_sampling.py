@@ -5,6 +5,10 @@ until enough groups are mixed (their deciding reward differs within the group) t
 is made of the first mixed groups of the stream, in its order, whatever the size of the rounds and the number of
 processes. All processes decide alike, since they see the rewards of all.
 
+Prompts that will most likely not be mixed can be left out of the stream before they are sampled: by the rule of
+`prompt_history.py`, a number drawn for each position, and visits up to the last group of the batch before. What the
+rule reads depends neither on the size of the rounds nor on the number of processes, and so the batch does not.
+
 Source: DAPO (https://arxiv.org/abs/2503.14476), section 3.2. Nothing here knows a trainer.
 """
 
@@ -15,6 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fipo_trl.trainer.prompt_history import PromptHistory
 
 
 MIXED = 1e-6  # a group is mixed if its deciding reward spreads by more; floats of equal rewards may differ by less
@@ -44,6 +50,7 @@ class Batch(NamedTuple):
     all_wrong: int  # of those generated: not mixed, deciding reward 0 or less, or none
     surplus: int  # mixed groups found beyond those that the batch needed
     mean_reward: float  # deciding reward of all that was generated; NaN if nothing was
+    skipping: dict[str, float]  # what the rule that skips prompts did, by metric; empty without one
 
     def metrics(self) -> dict[str, float]:
         """What is logged under `dynamic_sampling/`."""
@@ -53,6 +60,7 @@ class Batch(NamedTuple):
             "kept": len(self.groups) - self.fillers,
             "surplus": self.surplus,
             "carried_over": self.carried_over,
+            **self.skipping,
         }
         if self.generated:
             values |= {
@@ -64,21 +72,34 @@ class Batch(NamedTuple):
 
 
 class PromptStream:
-    """The rows of a dataset without end, each epoch in another order (or in their own). Indexed by position."""
+    """The rows of a dataset without end, each epoch in another order (or in their own). Indexed by position.
+
+    Each position has a random number, too. Both depend on the seed and the position only.
+    """
 
     def __init__(self, rows: int, seed: int, shuffle: bool = True):
         self.rows, self.seed, self.shuffle = rows, seed, shuffle
         self._epoch = -1
         self._order: list[int] = []  # of the rows in that epoch
+        self._draws: list[float] = []
 
     def __getitem__(self, position: int) -> int:
+        place = self._enter_epoch(position)
+        return self._order[place] if self.shuffle else place
+
+    def draw(self, position: int) -> float:
+        """Uniform in [0, 1)."""
+        place = self._enter_epoch(position)
+        return self._draws[place]
+
+    def _enter_epoch(self, position: int) -> int:
+        """Draw what an epoch needs, unless it was the last one asked for. The place of a position in its epoch."""
         epoch, place = divmod(position, self.rows)
-        if not self.shuffle:
-            return place
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed + epoch)
             self._epoch, self._order = epoch, torch.randperm(self.rows, generator=generator).tolist()
-        return self._order[place]
+            self._draws = torch.rand(self.rows, generator=generator, dtype=torch.float64).tolist()
+        return place
 
 
 class DynamicSampler:
@@ -95,6 +116,7 @@ class DynamicSampler:
             them. Otherwise the stream goes back to the first prompt that was not used.
         strict: Whether running out of rounds is an error.
         multiple: Rounds are multiples of so many prompts, lest processes get unequal shares.
+        skip: Whether prompts that will most likely not be mixed are passed over.
     """
 
     def __init__(
@@ -108,9 +130,11 @@ class DynamicSampler:
         carry_over: bool = False,
         strict: bool = False,
         multiple: int = 1,
+        skip: bool = False,
     ):
         self.stream, self.size, self.deciding, self.oversample = stream, size, deciding, oversample
         self.max_rounds, self.carry_over, self.strict, self.multiple = max_rounds, carry_over, strict, multiple
+        self.history = PromptHistory(stream.rows) if skip else None
         self.position = 0  # of the next prompt in the stream
         self.pool: list[Group] = []  # carried over to the next batch
         self.mixed_seen = self.seen = 0.0  # groups, the older the less they count
@@ -129,20 +153,29 @@ class DynamicSampler:
         carried_over = len(mixed)
         others: list[Group] = []
         scores: list[Tensor] = []
+        visits: list[tuple[int, int, int | None]] = []  # position, row and outcome, as `PromptHistory.record` takes it
+        start = self.position
         rounds = generated = all_right = all_wrong = 0
         self.mixed_seen, self.seen = MEMORY * self.mixed_seen, MEMORY * self.seen
         while len(mixed) < self.size and rounds < self.max_rounds:
             prompts = self.round_size(self.size - len(mixed))
-            positions = range(self.position, self.position + prompts)
-            rewards, rollouts = roll_out([self.stream[position] for position in positions])
-            self.position += prompts
+            positions = self._next_positions(prompts)
+            rows = [self.stream[position] for position in positions]
+            rewards, rollouts = roll_out(rows)
             rounds, generated = rounds + 1, generated + prompts
             deciding = rewards[:, :, self.deciding]
             scores.append(deciding)
             is_mixed = spread(deciding) > MIXED
             is_right = ~is_mixed & (deciding.nanmean(dim=1) > 0)
+            is_wrong = ~is_mixed & ~is_right
             all_right += int(is_right.sum())
-            all_wrong += int((~is_mixed & ~is_right).sum())
+            all_wrong += int(is_wrong.sum())
+            scored = ~deciding.isnan().all(dim=1)
+            outcomes = [
+                int(right) - int(wrong) if known else None
+                for right, wrong, known in zip(is_right, is_wrong, scored, strict=True)
+            ]
+            visits += zip(positions, rows, outcomes, strict=True)
             for group, keep in zip(map(Group, positions, rewards, rollouts), is_mixed.tolist(), strict=True):
                 if keep:
                     mixed.append(group)
@@ -169,7 +202,32 @@ class DynamicSampler:
             all_wrong=all_wrong,
             surplus=len(surplus),
             mean_reward=torch.cat(scores).nanmean().item() if scores else math.nan,
+            skipping=self._record(self.history, start, visits) if self.history else {},
         )
+
+    def _next_positions(self, prompts: int) -> list[int]:
+        """Go past the next prompts of the stream that are not skipped."""
+        positions: list[int] = []
+        while len(positions) < prompts:
+            row = self.stream[self.position]
+            if self.history is None or self.stream.draw(self.position) < self.history.probability(row):
+                positions.append(self.position)
+            self.position += 1
+        return positions
+
+    def _record(
+        self, history: PromptHistory, start: int, visits: list[tuple[int, int, int | None]]
+    ) -> dict[str, float]:
+        """Let the history know of a generation that began at `start`. Visits that will be made again do not count.
+
+        Returns:
+            The metrics of skipping; the probabilities are those that the generation went by.
+        """
+        passed = [(row, outcome) for position, row, outcome in visits if position < self.position]
+        probabilities = {"p_easy": history.p_easy, "p_hard": history.p_hard}
+        first_epoch = start < self.stream.rows
+        revived = history.record(passed, follow_target=not first_epoch)
+        return {"skipped": self.position - start - len(passed), "revived": revived, **probabilities}
 
     def round_size(self, missing: int) -> int:
         """Prompts of the next round, if so many groups are missing."""
@@ -198,11 +256,14 @@ class DynamicSampler:
             "mixed_seen": self.mixed_seen,
             "seen": self.seen,
             "pool": [group._asdict() for group in self.pool],
+            "history": self.history.state_dict() if self.history else None,
         }
 
     def load_state_dict(self, state: dict):
         self.position, self.mixed_seen, self.seen = state["position"], state["mixed_seen"], state["seen"]
         self.pool = [Group(**group) for group in state["pool"]]
+        if self.history and state.get("history"):
+            self.history.load_state_dict(state["history"])
 
 
 def spread(rewards: Tensor) -> Tensor:

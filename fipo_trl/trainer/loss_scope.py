@@ -20,7 +20,7 @@ class LossScope:
 
     def __init__(self):
         self.inputs: Any = None  # a dict, inside of a loss
-        self.statistics: list[PolicyStatistics | InfluenceStatistics] = []  # of the micro-batches of this update
+        self.statistics: list[Any] = []  # of the micro-batches of this update, what `_weight_advantages` gave
 
     @contextmanager
     def open(self, inputs: dict) -> Iterator[dict]:

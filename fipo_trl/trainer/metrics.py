@@ -10,6 +10,7 @@ import re
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig
 
 
@@ -84,6 +85,19 @@ def generation_metrics(
         "completions/length_weighted_advantage": ((scored * advantages).sum() / scored.sum().clamp(min=1)).item(),
         **{f"behaviour/{name}": share.mean().item() for name, share in zip(BEHAVIOURS, behaviours, strict=True)},
     }
+
+
+def decoded_texts(completions: list, tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
+    """The texts of completions as TRL decoded them for the rewards, lest they be decoded again.
+
+    `None` where TRL parsed them, or where tools answered between: then they are not all of the text.
+    """
+    if all(isinstance(completion, str) for completion in completions):
+        return completions
+    parsed = (getattr(tokenizer, name, None) is not None for name in ("response_template", "response_schema"))
+    if any(parsed) or not all(len(messages) == 1 for messages in completions):
+        return None
+    return [message["content"] for (message,) in completions]
 
 
 def count_self_checks(text: str, derivation: str = DERIVATION_PATTERN, self_check: str = SELF_CHECK_PATTERN):

@@ -201,7 +201,8 @@ def restore_generation(trainer: "DAPOTrainer", checkpoint: str):
             "new generation, and may see other completions than an uninterrupted run."
         )
     if trainer.dynamic_sampler is not None:
-        restore_sampler(trainer.dynamic_sampler, state and state["dynamic_sampling"], continued)
+        other_data = trainer._changes is not None and bool(trainer._changes.data)
+        restore_sampler(trainer.dynamic_sampler, state and state["dynamic_sampling"], continued, other_data)
 
 
 def repeat_draws(sampler, epochs: int):
@@ -211,13 +212,16 @@ def repeat_draws(sampler, epochs: int):
             torch.randperm(sampler.num_samples, generator=sampler.generator)
 
 
-def restore_sampler(sampler: DynamicSampler, saved: dict | None, continued: bool):
-    """Groups carried over lie on the processes that sampled them: another layout samples their prompts anew."""
+def restore_sampler(sampler: DynamicSampler, saved: dict | None, continued: bool, other_data: bool):
+    """Groups carried over lie on the processes that sampled them: another layout samples their prompts anew.
+
+    Prompts are known by their row, so nothing that is known of those of other data is kept.
+    """
     if not continued:
         (saved,) = broadcast_object_list([saved])  # the main process's
         if saved and saved["pool"]:
             saved = saved | {"position": saved["pool"][0]["position"], "pool": []}
-    if saved is None or saved["rows"] != sampler.stream.rows:
+    if saved is None or other_data or saved["rows"] != sampler.stream.rows:
         logger.warning(
             "The checkpoint was saved without dynamic sampling, or with another dataset: prompts start anew."
         )

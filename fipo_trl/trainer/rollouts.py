@@ -56,6 +56,7 @@ def make_sampler(trainer: "DAPOTrainer") -> DynamicSampler:
         carry_over=args.dynamic_sampling_carry_over,
         strict=args.dynamic_sampling_strict,
         multiple=world_size // math.gcd(world_size, trainer.num_generations),
+        skip=args.dynamic_sampling_skip,
     )
 
 
@@ -69,6 +70,7 @@ class GroupRollouts:
     def __init__(self, trainer: "DAPOTrainer"):
         self.trainer = trainer
         self.sampler = make_sampler(trainer)
+        self.dataset = trainer._remove_unused_columns(trainer.train_dataset)
         self.replayed_rewards: Tensor | None = None  # (all rows, F), while TRL's code runs on what is there already
 
     def generate(self, generate_and_score: Callable[[list[dict]], dict]) -> tuple[dict, Tensor | None]:
@@ -137,8 +139,7 @@ class GroupRollouts:
 
     def _rows(self, numbers: list[int]) -> list[dict]:
         """Rows of the dataset as the dataloader gives them: copies, because TRL adds to them."""
-        dataset = self.trainer._remove_unused_columns(self.trainer.train_dataset)
-        return [dict(dataset[number]) for number in numbers]
+        return self.dataset.__getitems__(numbers)
 
     def _places(self, groups: int) -> list[tuple[int, int]]:
         """(group, number in the group) of each completion of this process, dealt as TRL deals: in order."""

@@ -78,7 +78,9 @@ def test_updates_to_80_percent_of_the_final_reward(tmp_path, rewards, updates):
 
 
 def test_metrics_of_a_run(tmp_path):
-    run = make_run(tmp_path / "run", [0.5] * 4, policy__kl=[0.1, 0.2, 0.3, 0.4], fipo__masked_fraction=[0, 0, 0, 1])
+    columns = {"policy__kl": [0.1, 0.2, 0.3, 0.4], "fipo__masked_fraction": [0, 0, 0, 1]}
+    columns |= {"dynamic_sampling__generated": [16, 20, 30, 34], "rollout_iteration": [2, 4, 6, 8]}  # two to a row
+    run = make_run(tmp_path / "run", [0.5] * 4, **columns)
     run.rows[2]["grad_norm"] = 2.5
     texts = ["A:2", "a3:3 A:3", "a3:3 ?a3:3 A:3", "a3:3 ?a3:3 ?a3:3 A:3"]
     samples = [
@@ -109,6 +111,7 @@ def test_metrics_of_a_run(tmp_path):
     assert metrics["fipo/masked_fraction"] == 0.25
     assert (metrics["grad_norm"], metrics["grad_norm/max"]) == (1.0, 2.5)
     assert (metrics["updates_to_80"], metrics["alarms"]) == (24, 0)
+    assert metrics["prompts_sampled"] == 25 * 8
     assert metrics["seconds"] == 0.25 * 32
     assert "fipo/active_fraction" not in metrics
 

@@ -16,6 +16,7 @@ import pytest
             "monitoring",
             ["FIPOTrainer, ms", "FIPOTrainer: share", "DAPOTrainer: monitoring, ms", "DAPOTrainer: share"],
         ),
+        ("step", ["trainer", "generation", "scoring", "old log-probs", "update", "other", "total", "of GRPO's"]),
         ("memory", ["peak, (B, T) float32", "influence_weights, ms", "share"]),
         ("evaluation", ["batch_size", "s", "times as fast", "avg@8"]),
         ("dynamic-sampling", ["keep rate", "least possible", "auto", "3x (DAPO)", "4x (FIPO)"]),
@@ -26,16 +27,28 @@ def test_quick(monkeypatch, capsys, command, columns):
     monkeypatch.setattr(sys, "argv", ["scripts/benchmark.py", command, "--quick"])
     runpy.run_path("scripts/benchmark.py", run_name="__main__")
     printed = capsys.readouterr().out
-    header, _, *rows = [line for line in printed.splitlines() if line.startswith("|")]
+    first_table, *others = printed.split("\n\n|")
+    header, _, *rows = [line for line in first_table.splitlines() if line.startswith("|")]
     assert all(column in header for column in columns)
-    assert len(rows) == (9 if command == "dynamic-sampling" else 2)
+    assert len(rows) == {"dynamic-sampling": 9, "step": 6}.get(command, 2)
     assert f"python scripts/benchmark.py {command} --quick" in printed
+    if command == "dynamic-sampling":
+        (table,) = others
+        *epochs, total = [line.split("|")[1:-1] for line in table.splitlines() if line.count("|") == 8][1:]
+        auto, skip = (float(cell) for cell in total[1:3])
+        assert 1 < skip < auto
+        assert epochs[0][1] == epochs[0][2]  # nothing is skipped in the first pass
     if command == "future-kl":
         errors = [float(cell) for cell in re.findall(r" (\de[-+]\d\d) \|", rows[0])]
         assert len(errors) == 3
         assert max(errors) < 1e-5  # all three compute the same thing
     if command == "code-reward":
         assert "2 answers of 0.1 s of CPU time, 2 right" in printed
+    if command == "step":
+        for row in rows:
+            *parts, total, _ = map(float, row.split("|")[3:-1])
+            assert sum(parts) == pytest.approx(total, rel=0.1)
+            assert min(parts) >= 0
     if command == "update":
         shares = [float(share) for share in rows[1].split("|")[-2].split(",")]
         grouped, grpo, ungrouped, trimmed = shares

@@ -347,6 +347,19 @@ def test_generation_of_transformers_is_split_into_calls_of_a_generation_batch(tm
     assert calls == [32, 32, 16]
 
 
+def test_rows_are_read_in_one_go_and_are_copies(tmp_path, monkeypatch):
+    reads = []
+    original = Dataset._getitem
+    monkeypatch.setattr(Dataset, "_getitem", lambda self, key, *a: reads.append(key) or original(self, key, *a))
+    rollouts = make(tmp_path)._group_rollouts
+    rollouts.dataset = Dataset.from_dict({"prompt": [[{"role": "user", "content": prompt}] for prompt in PROMPTS]})
+    reads.clear()
+    first, second = rollouts._rows([3, 3])
+    assert reads == [[3, 3]]
+    first["prompt"][0]["content"] = first["new"] = "changed"
+    assert second == {"prompt": [{"role": "user", "content": PROMPTS[3]}]} == rollouts._rows([3])[0]
+
+
 def test_prompts_of_both_arms_are_the_same(tmp_path):
     arms = [make(tmp_path, trainer_class) for trainer_class in (FIPOTrainer, DAPOTrainer)]
     for trainer in arms:
@@ -383,6 +396,30 @@ def test_refuses_an_unknown_reward(tmp_path):
         make(tmp_path, dynamic_sampling_reward="accuracy")
 
 
+FEW = MIXED_PROMPTS[:12] + [prompt for prompt in PROMPTS if prompt not in MIXED_PROMPTS][:12]
+
+
+def test_skipping(tmp_path):
+    """Prompts that are never mixed are sampled less and less, and their rows are what they are known by."""
+    trainer = make(tmp_path, DAPOTrainer, prompts=FEW, max_steps=64, dynamic_sampling_skip=True)
+    trainer.train()
+    skipped, generated = (logged(trainer, f"dynamic_sampling/{name}") for name in ("skipped", "generated"))
+    assert skipped[0] == 0
+    assert sum(skipped) > 20
+    assert sum(generated[-3:]) < sum(generated[:3])
+    assert set(logged(trainer, "dynamic_sampling/kept")) == {8}
+    assert logged(trainer, "dynamic_sampling/revived") == [0] * 8
+    assert {"dynamic_sampling/p_easy", "dynamic_sampling/p_hard"} <= trainer.state.log_history[0].keys()
+    streaks = trainer.dynamic_sampler.history.streaks.tolist()
+    kinds = [0 if prompt in MIXED_PROMPTS else 1 if sum(rewards_of(prompt)) else -1 for prompt in FEW]
+    assert [(streak > 0) - (streak < 0) for streak in streaks] == kinds
+
+
+def test_skipping_without_dynamic_sampling_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="dynamic_sampling_skip=True does nothing without dynamic_sampling=True"):
+        make(tmp_path, dynamic_sampling=False, dynamic_sampling_reward=None, dynamic_sampling_skip=True)
+
+
 # Resuming
 
 
@@ -411,6 +448,25 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, save_steps, carr
     assert all(torch.equal(value, expected[name]) for name, value in parameters(resumed).items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("killed_at", [34, 40], ids=["inside a generation", "between generations"])
+def test_a_run_that_skips_is_resumed_with_its_history(tmp_path, killed_at):
+    settings = {"max_steps": 64, "save_strategy": "steps", "save_steps": killed_at - 1, "prompts": FEW}
+    settings |= {"dynamic_sampling_skip": True, "dynamic_sampling_oversample": 1.5}
+    uninterrupted = make(tmp_path / "uninterrupted", **settings)
+    uninterrupted.train()
+    with pytest.raises(Kill):
+        make(tmp_path / "killed", keywords={"callbacks": [KillAt(killed_at)]}, **settings).train()
+    resumed = make(tmp_path / "killed", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    for name in ("skipped", "revived", "generated", "p_easy", "p_hard"):
+        assert logged(resumed, f"dynamic_sampling/{name}") == logged(uninterrupted, f"dynamic_sampling/{name}") != []
+    assert list(resumed._logs["prompt"]) == list(uninterrupted._logs["prompt"]) != []
+    assert sum(logged(resumed, "dynamic_sampling/skipped")[5:]) > 10  # after the resume
+    expected = parameters(uninterrupted)
+    assert all(torch.equal(value, expected[name]) for name, value in parameters(resumed).items())
+
+
 def test_another_layout_goes_on_with_the_same_prompts(tmp_path, caplog):
     settings = {"save_strategy": "steps", "save_steps": 8, "dynamic_sampling_carry_over": True}
     trainer = make(tmp_path, max_steps=8, dynamic_sampling_oversample=2.0, **settings)
@@ -426,6 +482,11 @@ def test_another_layout_goes_on_with_the_same_prompts(tmp_path, caplog):
 
     caplog.clear()
     other = make(tmp_path, max_steps=9, prompts=PROMPTS[:40], **settings)
+    other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert "with another dataset: prompts start anew" in caplog.text
+
+    caplog.clear()  # prompts are known by their row: the same number of others is other data, too
+    other = make(tmp_path, max_steps=9, prompts=PROMPTS[::-1], **settings)
     other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert "with another dataset: prompts start anew" in caplog.text
 

@@ -6,6 +6,7 @@ import sqlite3
 import statistics
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import yaml
 from accelerate import Accelerator
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import fixed_rollouts, logged, make_args, make_trainer
+from tiny import fixed_rollouts, generate, logged, make_args, make_trainer
 from trl import GRPOTrainer
 
 from fipo_trl import DAPOTrainer, FIPOConfig, FIPOTrainer
@@ -31,6 +32,7 @@ from fipo_trl.trainer.metrics import (
     behaviour,
     count_self_checks,
     counters,
+    decoded_texts,
     generation_metrics,
 )
 from recipes.tiny import running_sums
@@ -130,6 +132,37 @@ def test_metrics_of_a_run_equal_those_of_its_rollouts(tmp_path):
     for row in trainer.state.log_history:  # every one: training, evaluation and summary
         assert row["optimizer_update"] == row["step"]
         assert row["rollout_iteration"] == -(-row["step"] // 4)
+
+
+def test_completions_are_decoded_once(tmp_path, monkeypatch):
+    """By TRL, for the rewards; dynamic sampling replays them to it, which decodes them again."""
+    trainers = [make_trainer(tmp_path, dynamic_sampling=dynamic) for dynamic in (False, True)]
+    decoded = []
+    original = type(trainers[0].processing_class).batch_decode
+    monkeypatch.setattr(
+        type(trainers[0].processing_class), "batch_decode", lambda *a, **k: decoded.append(1) or original(*a, **k)
+    )
+    counts = []
+    for trainer in trainers:
+        decoded.clear()
+        generate(trainer)
+        counts.append(len(decoded))
+    rounds = trainers[1]._metrics["train"]["dynamic_sampling/rounds"][0]
+    assert counts == [1, 1 + rounds]
+
+
+@pytest.mark.parametrize(
+    ("completions", "parser", "texts"),
+    [
+        (["a", "b"], None, ["a", "b"]),
+        ([[{"role": "assistant", "content": text}] for text in "ab"], None, ["a", "b"]),
+        ([[{"role": "assistant", "content": text}] for text in "ab"], "response_schema", None),
+        ([[{"role": "assistant", "content": text}] for text in "ab"], "response_template", None),
+        ([[{"role": "assistant", "content": "a"}, {"role": "tool", "content": "b"}]], None, None),
+    ],
+)
+def test_what_trl_decoded_is_taken_where_it_is_all_of_the_text(completions, parser, texts):
+    assert decoded_texts(completions, SimpleNamespace(**({parser: "..."} if parser else {}))) == texts
 
 
 # Behaviours

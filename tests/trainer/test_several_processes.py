@@ -8,7 +8,7 @@ import pytest
 import torch
 from cpu_ranks import DDP, FSDP2, ZERO2, ZERO3
 from held import REWARD, HeldRun
-from tiny import distance, make_model
+from tiny import PROMPTS, distance, make_model
 
 
 pytestmark = pytest.mark.slow
@@ -27,6 +27,8 @@ SETTINGS = {
 ACCUMULATION = {"gradient_accumulation_steps": 2, "steps_per_generation": 2}
 DYNAMIC = {"num_iterations": 2, "dynamic_sampling": True, "dynamic_sampling_carry_over": True, "log_completions": True}
 LATE = {"dynamic_sampling_oversample": 4.0, "late": 0.5}  # much to carry over; seconds that the last rank is behind
+# Two batches an epoch, so that what happened at earlier visits decides
+SKIP = {"dynamic_sampling_carry_over": False, "dynamic_sampling_skip": True, "prompts": PROMPTS[:8], "max_steps": 16}
 # Ratios far from 1, so that sequences are dropped, more on one rank than on the other
 DROPS = {
     "max_steps": 3,
@@ -49,6 +51,7 @@ OF_ALL_LOADED = {"KL": {"beta": 0.1, "max_grad_norm": 1.0}}
 SPREAD = {
     "long tail": LONG,
     "long tail, dynamic sampling": LONG | DYNAMIC | LATE,
+    "skipped prompts": DYNAMIC | SKIP,
 }
 ALL_LOAD = (*FSDP2, "--fsdp_cpu_ram_efficient_loading", "false")
 COPIES, SHARDS = {"weights": 1.0, "optimizer": 1.0}, {"weights": 0.5, "optimizer": 0.5}
@@ -140,7 +143,7 @@ def test_the_cases_are_what_they_say(alone):
 @pytest.mark.parametrize(
     ("launch", "processes", "cases"),
     [
-        (DDP, 3, ["dynamic sampling"]),
+        (DDP, 3, ["dynamic sampling", "skipped prompts"]),
         (FSDP2, 4, ["dynamic sampling", "long tail, dynamic sampling"]),
         (ZERO3, 3, ["long tail", "long tail, dynamic sampling"]),
     ],
@@ -155,7 +158,10 @@ def test_three_and_four_processes_equal_one(ranks, alone, tmp_path, launch, proc
             shares = [rank[case]["held"][what] for rank in several]
             assert max(shares) < 1.1 / processes or launch == DDP
             assert sum(shares) >= 1
-        if "dynamic" in case:
+        if case == "skipped prompts":
+            for each in (one, several[0]):
+                assert sum(row.get("dynamic_sampling/skipped", 0) for row in each[case]["log"]) > 5
+        if case != "long tail":
             tables = [sorted((each / case / "completions").iterdir()) for each in (folder, tmp_path)]
             for mine, theirs in zip(*tables, strict=True):
                 pandas.testing.assert_frame_equal(pandas.read_parquet(mine), pandas.read_parquet(theirs), rtol=1e-3)
