@@ -136,7 +136,8 @@ class FIPOTrainer(DAPOTrainer):
         loss = super()._compute_loss(model, inputs)
         if self.is_deepspeed_enabled and self.model.training and self.accelerator.sync_gradients:
             # DeepSpeed steps inside the backward pass: the last micro-batch of the update brings the correction along
-            rows = [torch.stack([each.tokens, each.dropped_tokens]) for each in self._loss_scope.statistics]
+            seen = [each for each in self._loss_scope.statistics if isinstance(each, InfluenceStatistics)]
+            rows = [torch.stack([each.tokens, each.dropped_tokens]) for each in seen]
             counts = self.accelerator.reduce(torch.stack(rows).sum(dim=0), reduction="sum").tolist()
             loss = scale_whole_update(loss, self._mean_correction(*counts), model, self.args)
         return loss
