@@ -1,6 +1,7 @@
 """FIPO (Future-KL Influenced Policy Optimization) and DAPO for Hugging Face TRL."""
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 from fipo_trl.objective.future_kl import future_kl
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 __all__ = ["DAPOConfig", "DAPOTrainer", "FIPOConfig", "FIPOTrainer", "future_kl", "influence_weights"]
+
+# PEFT imports bitsandbytes where it is installed, which on some CPUs warns of a kernel of the Hub that it did not get
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # The mathematics needs torch alone; TRL is imported with the first of these names
 _OF_TRAINER = {

@@ -2,14 +2,10 @@
 
 import argparse
 import importlib
-import logging
 import sys
 
 from fipo_trl import __version__
 
-
-# On some CPUs bitsandbytes, which PEFT imports where it is installed, warns of a kernel of the Hub that it did not get
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # command: module, summary. A module is imported when its command is called
 COMMANDS = {
