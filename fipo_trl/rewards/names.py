@@ -84,7 +84,7 @@ def load_reward(
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"{setting}: cannot load '{name}' ({error}). Give a name in fipo_trl.rewards (dapo_reward, dapo_accuracy, "
-            "overlong_penalty, code_reward, code_accuracy, reasoning_gym_reward, reasoning_gym_accuracy) or in "
+            "overlong_penalty, reasoning_gym_reward, reasoning_gym_accuracy, code_reward, code_accuracy) or in "
             "trl.rewards (accuracy_reward, reasoning_accuracy_reward, think_format_reward), or an import path such as "
             "my_package.my_module.my_reward, looked for in the directory you start from, then in the recipe's folder."
         ) from error
