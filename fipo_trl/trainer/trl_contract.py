@@ -105,13 +105,7 @@ def check_contract(trainer_class: type = GRPOTrainer):
     Raises:
         RuntimeError: naming each, the TRL that is installed, and those that are tested.
     """
-    faults = []
-    for name, parameters in OVERRIDDEN.items():
-        method = getattr(trainer_class, name, None)
-        if not callable(method):
-            faults.append(f"{name} is missing")
-        elif parameters != "..." and _names(method) != parameters:
-            faults.append(f"{name}({parameters}) is {name}({_names(method)}) now")
+    faults = _changed(trainer_class, OVERRIDDEN)
     for name, arguments in CALLED.items():
         method = getattr(trainer_class, name, None)
         if not callable(method):
@@ -129,14 +123,7 @@ def check_client(client_class: type):
     Raises:
         RuntimeError: as `check_contract`.
     """
-    faults = []
-    for name, parameters in OF_CLIENT.items():
-        method = getattr(client_class, name, None)
-        if not callable(method):
-            faults.append(f"{name} is missing")
-        elif parameters != "..." and _names(method) != parameters:
-            faults.append(f"{name}({parameters}) is {name}({_names(method)}) now")
-    _refuse(faults, "VLLMClient")
+    _refuse(_changed(client_class, OF_CLIENT), "VLLMClient")
 
 
 def check_attributes(trainer: GRPOTrainer):
@@ -154,6 +141,18 @@ def check_attributes(trainer: GRPOTrainer):
             f"fipo_trl is not tested with TRL {trl.__version__}, which has all that is relied on by name. Tested are "
             f"{', '.join(TESTED)}."
         )
+
+
+def _changed(owner: type, parameters_of: dict[str, str]) -> list[str]:
+    """Methods that are missing, or have other parameters."""
+    faults = []
+    for name, parameters in parameters_of.items():
+        method = getattr(owner, name, None)
+        if not callable(method):
+            faults.append(f"{name} is missing")
+        elif parameters != "..." and _names(method) != parameters:
+            faults.append(f"{name}({parameters}) is {name}({_names(method)}) now")
+    return faults
 
 
 def _refuse(faults: list[str], owner: str = "GRPOTrainer"):
