@@ -38,7 +38,9 @@ def train(folder: str, model: str, lora: bool, settings: dict) -> dict:
     )
     trainer.add_callback(MoveTheWeights(trainer, SYNCED))
     trainer.train()
-    if trainer.vllm_generation.mode == "colocate":  # a forked rank ends without vLLM's clean-up
+    generation = trainer.vllm_generation
+    if generation.mode == "colocate" and generation.tensor_parallel_size > 1:
+        # Memory that ranks share; a forked one ends without vLLM's clean-up
         from vllm.distributed.parallel_state import get_tp_group
 
         name = get_tp_group().device_communicator.agreed_name
@@ -46,7 +48,7 @@ def train(folder: str, model: str, lora: bool, settings: dict) -> dict:
             left.unlink(missing_ok=True)
     return {
         "held": held(trainer),
-        "tensor_parallel": trainer.vllm_generation.tensor_parallel_size,
+        "tensor_parallel": generation.tensor_parallel_size,
         "mean": logged(trainer, "engine_mismatch/mean"),
         "nan_tokens": logged(trainer, "engine_mismatch/nan_tokens"),
     }
