@@ -4,6 +4,7 @@
 gets kills them, or leaves them behind.
 """
 
+import argparse
 import os
 import signal
 import subprocess
@@ -33,23 +34,41 @@ def main(arguments: list[str]):
         show_help()
         return
     options, settings = launch_parser().parse_known_args(arguments)
-    words = []
-    for name, value in vars(options).items():
-        if name == "accelerate_config" and value is not None:
-            try:
-                words += ["--config_file", str(find_accelerate_config(value))]
-            except ValueError as error:
-                sys.exit(f"error: {error}")
-        elif name != "cpu" and value is not None:
-            words += [f"--{name}", value]
     if options.cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # what `accelerate launch --cpu` sets
+    try:
+        words = launcher_words(options)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     if not words and not os.path.isfile(default_config_file) and (options.cpu or torch.cuda.device_count() < 2):
         from fipo_trl.commands import train
 
         train.main(settings)
-    words += ["--cpu"] if options.cpu else []
+    words += ["--cpu"] if options.cpu and "--config_file" not in words else []
     sys.exit(run([sys.executable, "-m", "accelerate.commands.launch", *words, "--module", WORKER, *settings]))
+
+
+def launcher_words(options: argparse.Namespace) -> list[str]:
+    """What accelerate is told of [`launch_parser`]'s flags, but for `--cpu`.
+
+    Several processes without a GPU need a file that says so: accelerate would start one, without a word.
+
+    Raises:
+        ValueError: if there is no such file of accelerate.
+    """
+    config = options.accelerate_config
+    several = options.num_processes not in (None, "1")
+    if (
+        config is None
+        and several
+        and (options.cpu or not (torch.cuda.is_available() or os.path.isfile(default_config_file)))
+    ):
+        config = "two_cpu_processes"  # or as many as `--num_processes` says
+    words = [] if config is None else ["--config_file", str(find_accelerate_config(config))]
+    for name, value in vars(options).items():
+        if name not in ("accelerate_config", "cpu") and value is not None:
+            words += [f"--{name}", value]
+    return words
 
 
 def run(command: list[str]) -> int:
