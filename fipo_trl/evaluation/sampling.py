@@ -2,9 +2,9 @@
 
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import GenerationConfig
@@ -12,8 +12,19 @@ from transformers import GenerationConfig
 from fipo_trl.evaluation.saved_model import SavedModel
 
 
-# Token ids of prompts, and a seed for each -> token ids of an answer to each, up to and with the token that ends it
-Sampler = Callable[[list[list[int]], list[int]], list[list[int]]]
+class Sampler(Protocol):
+    """Answers prompts."""
+
+    def __call__(
+        self, prompts: list[list[int]], seeds: list[int], limits: Sequence[int] | None = None
+    ) -> list[list[int]]:
+        """Token ids of prompts, and a seed for each -> token ids of an answer to each, with the one that ends it.
+
+        Args:
+            limits: Tokens of each answer, at most; `max_tokens` of the sampler where there are none.
+        """
+        ...
+
 
 AT_ONCE = 256  # answers that are sampled together, at most; vLLM runs about as many by default
 # Tokens of prompts and answers that transformers holds together, at most: of Qwen2.5-7B, in bfloat16, their keys and
@@ -52,7 +63,6 @@ def transformers_sampler(
         temperature=temperature,
         top_p=top_p,
         top_k=0,
-        max_new_tokens=max_tokens,
         eos_token_id=end_ids,
         pad_token_id=end_ids[0],
     )
@@ -62,13 +72,15 @@ def transformers_sampler(
         return next((ids[: place + 1] for place, token in enumerate(ids) if token in end_ids), ids)
 
     @torch.no_grad()
-    def sample(prompts, seeds):
+    def sample(prompts, seeds, limits=None):
+        limits = limits or [max_tokens] * len(prompts)
         longest = max(map(len, prompts))
         ids = torch.full((len(prompts), longest), end_ids[0])
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):  # padded on the left
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
+        generation.max_new_tokens = max(limits)
         torch.manual_seed(seeds[0])
         try:
             output = policy.generate(
@@ -78,10 +90,11 @@ def transformers_sampler(
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             raise ValueError(
-                f"Out of memory: {len(prompts)} answers of up to {max_tokens} tokens do not fit at once. Set a "
+                f"Out of memory: {len(prompts)} answers of up to {max(limits)} tokens do not fit at once. Set a "
                 f"batch_size of less than {len(prompts)}, or let vLLM sample."
             ) from error
-        return [until_end(answer) for answer in output[:, longest:].tolist()]
+        answers = output[:, longest:].tolist()
+        return [until_end(answer[:limit]) for answer, limit in zip(answers, limits, strict=True)]
 
     return sample
 
@@ -123,17 +136,17 @@ def vllm_sampler(
     )
     shutil.rmtree(merged, ignore_errors=True)
 
-    def sample(prompts, seeds):
+    def sample(prompts, seeds, limits=None):
         settings = [
             SamplingParams(
                 seed=seed,
                 temperature=temperature,
                 top_p=top_p,
-                max_tokens=max_tokens,
+                max_tokens=limit,
                 stop_token_ids=model.end_ids,
                 detokenize=False,
             )
-            for seed in seeds
+            for seed, limit in zip(seeds, limits or [max_tokens] * len(seeds), strict=True)
         ]
         engine.reset_prefix_cache()  # what this process has answered before must not matter
         outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
