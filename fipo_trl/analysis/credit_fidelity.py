@@ -7,8 +7,8 @@ Two things may be meant, and each has a column of its own:
                   samples. Its mean is the square of the true credit, without the noise that |credit| would add
 
 Within answers, rho is that of the tokens of one answer, averaged over answers; answers in which either side is the
-same everywhere have none. Over all, it is that of all tokens together. Intervals are 95%, by bootstrap over answers:
-tokens of one answer are no independent samples.
+same everywhere have none. Pooled, it is that of the tokens of all answers. Intervals are 95%, by bootstrap over
+answers: tokens of one answer are no independent samples.
 
 The credit itself is an estimate. `ceiling` is what a signal that knew the true credit could reach: the root of the
 reliability 2 r / (1 + r), where r is rho between the credit by two halves of the samples (Spearman and Brown).
@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fipo_trl.analysis.report import COLOURS
-from fipo_trl.analysis.true_credit import Answer
+from fipo_trl.analysis.true_credit import HALF_LIVES, Answer
 from fipo_trl.evaluation.statistics import Interval
 
 
@@ -33,8 +33,9 @@ MIN_TOKENS = 4  # of an answer that has a correlation of its own
 SIGNALS = {
     "future_kl": "Future-KL F",
     "weight": "weight f",
+    **{f"future_kl_{half_life}": f"F, half-life {half_life}" for half_life in HALF_LIVES},
     "log_ratio": "log-ratio d",
-    "abs_log_ratio": "|d|",
+    "abs_log_ratio": "size of d",
     "entropy": "entropy",
     "shuffled_future_kl": "F, shuffled",
 }
@@ -44,7 +45,7 @@ GROUPS: dict[str, Callable[[Answer], bool]] = {
     "right": lambda answer: answer.advantage > 0,
     "wrong": lambda answer: answer.advantage < 0,
 }
-OVERALL = "over all"  # the part that holds all traces
+WHOLE = "all steps"  # the part that holds all traces
 
 
 class Ranks:
@@ -81,10 +82,10 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 
 class Pair(NamedTuple):
-    """A correlation within answers and over all."""
+    """A correlation within answers, and of their tokens pooled."""
 
     within: Interval
-    over_all: Interval
+    pooled: Interval
 
 
 def columns_of(answer: Answer) -> dict[str, np.ndarray]:
@@ -191,7 +192,7 @@ def parts_of(answers: Sequence[Answer], parts: int) -> dict[str, list[Answer]]:
         first, last = steps[part_of == part][[0, -1]].tolist()
         name = f"step {first}" if first == last else f"steps {first} to {last}"
         result[name] = [answer for answer in answers if first <= answer.step <= last]
-    return result | ({OVERALL: list(answers)} if len(result) > 1 else {})
+    return result | ({WHOLE: list(answers)} if len(result) > 1 else {})
 
 
 def cell(values: Sequence[float]) -> str:
@@ -200,20 +201,20 @@ def cell(values: Sequence[float]) -> str:
 
 
 def tables(results: dict[str, dict], target: str) -> str:
-    """Markdown: for each part, signals down; within answers and over all, each for right and wrong answers, across."""
-    titles = [f"{kind}, {group}" for kind in ("within", "over all") for group in ("right", "wrong")]
+    """Markdown: for each part, signals down; within answers and pooled, each for right and wrong answers, across."""
+    titles = [f"{kind}, {group}" for kind in ("within", "pooled") for group in ("right", "wrong")]
     lines = []
     for part, groups in results.items():
         lines += [f"| {part}: {target} | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
         for signal, title in SIGNALS.items():
             cells = [
                 cell(groups[group]["correlations"][signal][target][kind])
-                for kind in ("within", "over_all")
+                for kind in ("within", "pooled")
                 for group in ("right", "wrong")
             ]
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
         if target == "credit":
-            most = [groups[group]["ceiling"][kind] for kind in ("within", "over_all") for group in ("right", "wrong")]
+            most = [groups[group]["ceiling"][kind] for kind in ("within", "pooled") for group in ("right", "wrong")]
             lines.append("| ceiling | " + " | ".join("-" if math.isnan(x) else f"{x:.2f}" for x in most) + " |")
         lines.append("")
     return "\n".join(lines).rstrip()
@@ -228,17 +229,16 @@ def noise(results: dict[str, dict]) -> str:
     for part, groups in results.items():
         for group in ("right", "wrong"):
             each = groups[group]
-            lines.append(
-                f"| {part}, {group} | {each['answers']} | {each['tokens']} | {each['mean_abs_credit']:.3f} | "
-                f"{each['mean_error']:.3f} | {each['beyond_two_errors']:.0%} |"
-            )
+            cells = [f"{each['mean_abs_credit']:.3f}", f"{each['mean_error']:.3f}", f"{each['beyond_two_errors']:.0%}"]
+            told = cells if each["tokens"] else ["-"] * len(cells)
+            lines.append(f"| {part}, {group} | {each['answers']} | {each['tokens']} | {' | '.join(told)} |")
     return "\n".join(lines)
 
 
 def draw(results: dict[str, dict], path: Path):
-    """Within answers: each signal with credit and with its size, over all; and F over training."""
-    whole = results[OVERALL] if OVERALL in results else next(iter(results.values()))
-    parts = [part for part in results if part != OVERALL]
+    """Within answers: each signal with credit and with its size, of all steps; and F over training."""
+    whole = results[WHOLE] if WHOLE in results else next(iter(results.values()))
+    parts = [part for part in results if part != WHOLE]
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots(1, 3)
     for axis, target in zip(axes[:2], TARGETS, strict=True):
@@ -253,22 +253,17 @@ def draw(results: dict[str, dict], path: Path):
         axis.set_title({"credit": "with true credit", "size": "with its size"}[target], fontsize=10)
         axis.set_xlabel("rank correlation within answers", fontsize=8)
     axes[0].legend(fontsize=8, frameon=False)
-    for group, color in (("right", COLOURS[0]), ("wrong", COLOURS[1])):
+    for shift, (group, color) in zip((-0.04, 0.04), (("right", COLOURS[0]), ("wrong", COLOURS[1])), strict=True):
+        places = [place + shift for place in range(len(parts))]
         ends = [results[part][group]["correlations"]["future_kl"]["credit"]["within"] for part in parts]
         most = [results[part][group]["ceiling"]["within"] for part in parts]
-        axes[2].errorbar(
-            range(len(parts)),
-            [value for value, _, _ in ends],
-            yerr=[[v - low for v, low, _ in ends], [high - v for v, _, high in ends]],
-            color=color,
-            marker="o",
-            markersize=4,
-            label=group,
-        )
-        axes[2].plot(range(len(parts)), most, color=color, linestyle=":", linewidth=1)
+        axes[2].plot(places, [value for value, _, _ in ends], "o-", color=color, markersize=4)
+        axes[2].vlines(places, [low for _, low, _ in ends], [high for _, _, high in ends], color=color)
+        axes[2].plot(places, most, color=color, linestyle=":", linewidth=1)
     axes[2].axhline(0, color="#888", linewidth=1)
     axes[2].set_xticks(range(len(parts)), [part.replace(" to ", "\nto ") for part in parts], fontsize=7)
-    axes[2].set_title("F with true credit, over training (dotted: ceiling)", fontsize=10)
+    axes[2].set_title("F with true credit (dotted: ceiling)", fontsize=10)
+    axes[2].margins(x=0.15)
     for axis in axes:
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)

@@ -35,6 +35,7 @@ from fipo_trl.evaluation.exam import seed_of
 from fipo_trl.evaluation.results import append, open_results
 from fipo_trl.evaluation.sampling import Sampler, default_batch_size, transformers_sampler, vllm_sampler
 from fipo_trl.evaluation.saved_model import SavedModel
+from fipo_trl.objective.future_kl import future_kl
 from fipo_trl.recipe.build import load_data, rewards_of
 from fipo_trl.recipe.validate import Recipe
 from fipo_trl.trainer.manifest import read_manifest
@@ -42,6 +43,7 @@ from fipo_trl.trainer.token_credit import TokenState, read_trace
 
 
 NO_ADVANTAGE = 1e-6  # an answer with less has none: its group was all right or all wrong
+HALF_LIVES = (2, 8, 128)  # tokens: Future-KL is also calculated with these
 SAME_REWARD = 1e-3  # traces hold float32
 # Settings of training that a continuation must share
 OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length")
@@ -85,7 +87,8 @@ class Answer(NamedTuple):
         credit: (N,), in units of the reward.
         error: (N,), standard error of `credit`. It is 0 where all samples of both states agree, which is too small.
         halves: (2, N), the credit by each half of the samples alone.
-        signals: `{name: (N,)}` of `future_kl`, `weight`, `log_ratio`, `entropy`, `shuffled_future_kl`.
+        signals: `{name: (N,)}` of `future_kl`, `weight`, `log_ratio`, `entropy`, `shuffled_future_kl`, and Future-KL
+            with other half-lives, `future_kl_2` and so on.
     """
 
     step: int
@@ -185,7 +188,7 @@ class Trace:
         self.completion_ids = self.table["completion_ids"].to_pylist()
         self.positions = self.choose(settings)
         self.data_rows, self.prompt_ids = self.find_prompts()
-        self.check_rewards()
+        self.rewards = self.score_answers()
         longest = max((len(ids) for ids in self.prompt_ids.values()), default=0) + task.training.max_completion_length
         self.context = longest
         batch_size = settings.batch_size or default_batch_size(settings.backend, longest)
@@ -240,21 +243,21 @@ class Trace:
         rows = {row: places[prompts[row]] for row in self.positions}
         return rows, {row: encoded[place] for row, place in rows.items()}
 
-    def check_rewards(self):
-        """See that the recipe rewards the answers as the run did."""
-        rows = [row for row in self.positions if not math.isnan(self.table["reward"][row].as_py())]
-        if not rows:
-            return
-        ids = [self.completion_ids[row] for row in rows]
-        now = self.task.rewards([self.data_rows[row] for row in rows], ids, self.model.tokenizer)
-        for row, value in zip(rows, now.tolist(), strict=True):
+    def score_answers(self) -> dict[int, float]:
+        """The reward of each answer, by its row, which must be that of training where the trace knows it."""
+        if not self.positions:
+            return {}
+        ids = [self.completion_ids[row] for row in self.positions]
+        now = self.task.rewards(list(self.data_rows.values()), ids, self.model.tokenizer).tolist()
+        for row, value in zip(self.positions, now, strict=True):
             was = self.table["reward"][row].as_py()
-            if abs(value - was) > SAME_REWARD:
+            if abs(value - was) > SAME_REWARD:  # not where it is NaN
                 raise ValueError(
                     f"Answer {row} of step {self.step} had a reward of {was:.4g} in training, and has {value:.4g} by "
                     "the recipe. Give the recipe and the flags of this run (reward_funcs, reward_weights, data). A "
                     "reward that is drawn at random cannot be measured."
                 )
+        return dict(zip(self.positions, now, strict=True))
 
     def at_end(self, state: State) -> bool:
         """Whether the whole answer is there, up to its end or to the limit of tokens."""
@@ -338,21 +341,24 @@ class Trace:
         }
         answers = []
         for row, places in self.positions.items():
-            reward = self.table["reward"][row].as_py()
-            end = np.full(n, reward)  # without noise
+            end = np.full(n, self.rewards[row])  # without noise
             before, after = (
                 np.stack([rewards.get(State(row, place + step), end) for place in places]) for step in (0, 1)
             )  # (N, n)
             column = {name: self.table[name][row].values.to_numpy() for name in ("future_kl", "weight", "log_ratio")}
             shuffled = np.random.default_rng([self.settings.seed, self.step, row]).permutation(column["future_kl"])
             column |= {"entropy": np.array(entropies[row]), "shuffled_future_kl": shuffled}
+            masked = torch.from_numpy(self.table["state"][row].values.to_numpy() & TokenState.MASKED).bool()
+            for half_life in HALF_LIVES:
+                log_ratio = torch.from_numpy(column["log_ratio"].copy())
+                column[f"future_kl_{half_life}"] = future_kl(log_ratio, ~masked, half_life=half_life).numpy()
             variance = before.var(axis=1, ddof=1) / n + after.var(axis=1, ddof=1) / n
             difference = after - before  # of independent samples: their order means nothing
             answers.append(
                 Answer(
                     step=self.step,
                     row=row,
-                    reward=reward,
+                    reward=self.rewards[row],
                     advantage=self.table["advantage"][row].as_py(),
                     positions=np.array(places),
                     credit=difference.mean(axis=1),

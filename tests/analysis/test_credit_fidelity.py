@@ -22,8 +22,8 @@ from tiny import BASE
 from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from fipo_trl.analysis.credit_fidelity import (
-    OVERALL,
     SIGNALS,
+    WHOLE,
     Ranks,
     ceiling,
     correlation,
@@ -31,7 +31,7 @@ from fipo_trl.analysis.credit_fidelity import (
     parts_of,
     rank_correlation,
 )
-from fipo_trl.analysis.true_credit import Answer
+from fipo_trl.analysis.true_credit import HALF_LIVES, Answer
 from fipo_trl.commands.credit_fidelity import main
 from fipo_trl.recipe.build import build
 from fipo_trl.recipe.validate import read_and_validate
@@ -206,13 +206,22 @@ def test_entropy_is_that_of_the_policy(folder):
         assert tokens[tokens.row == row].entropy.tolist() == pytest.approx(expected, abs=1e-4)
 
 
+def test_other_half_lives(folder):
+    tokens = pq.read_table(folder / "run/credit_fidelity/tokens.parquet").to_pandas()
+    for row, (_, answer) in enumerate(ANSWERS):
+        d = -exact_credit(answer)  # in the trace
+        for half_life in HALF_LIVES:
+            expected = [sum(2 ** (-k / half_life) * later for k, later in enumerate(d[t:])) for t in range(len(d))]
+            assert tokens[tokens.row == row][f"future_kl_{half_life}"].tolist() == pytest.approx(expected, abs=1e-5)
+
+
 def test_correlations_of_a_run(folder):
     """F is the true credit here, and the log-ratio its opposite."""
     results = json.loads((folder / "run/credit_fidelity/credit_fidelity.json").read_text())
     assert list(results["parts"]) == ["step 16"]
     groups = results["parts"]["step 16"]
     assert (groups["all"]["answers"], groups["right"]["answers"], groups["wrong"]["answers"]) == (4, 2, 2)
-    for kind in ("within", "over_all"):
+    for kind in ("within", "pooled"):
         of = {signal: tables["credit"][kind][0] for signal, tables in groups["all"]["correlations"].items()}
         assert of["future_kl"] > 0.9
         assert of["log_ratio"] == pytest.approx(-of["future_kl"])
@@ -292,6 +301,16 @@ def test_a_policy_that_was_not_kept(folder, tmp_path):
         main([*call, "--step", "24"])
 
 
+def test_a_trace_that_knows_no_rewards(folder, tmp_path):
+    """As of a generation that was begun without traces: the recipe tells them."""
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    rows = [row | {"reward": math.nan} for row in trace_rows()]
+    write_trace(run, 16, rows, SETTINGS | {"step": 16, "generation": 2})
+    main([*words(folder), "--run", str(run)])
+    check_credit(run / "credit_fidelity")
+
+
 def test_answers_without_advantage_are_left_out(folder, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(folder / "run", run)
@@ -319,6 +338,7 @@ def make_answers(count, seed, noise=0.0, step=8):
         true = rng.normal(size=n)
         halves = true + rng.normal(size=(2, n)) * noise * math.sqrt(2)
         signals = {"future_kl": true, "entropy": np.abs(true), "log_ratio": rng.normal(size=n)}
+        signals |= {f"future_kl_{half_life}": rng.normal(size=n) for half_life in HALF_LIVES}
         signals |= {"weight": np.clip(np.exp(true), 1.0, 1.2), "shuffled_future_kl": rng.permutation(true)}
         answers.append(
             Answer(
@@ -402,7 +422,7 @@ def test_parts_have_about_as_many_answers():
         "step 8": 6,
         "step 16": 5,
         "steps 24 to 40": 7,
-        OVERALL: 18,
+        WHOLE: 18,
     }
     assert list(parts_of(answers[:6], 3)) == ["step 8"]
 
@@ -421,8 +441,8 @@ def test_a_run_of_the_tiny_task(tmp_path, monkeypatch, capsys):
     main(["--run", str(tmp_path), *recipe, "--answers", "4", "--positions", "4", "--samples", "8"])
     results = json.loads((tmp_path / "credit_fidelity/credit_fidelity.json").read_text())
     assert results["steps"] == [8, 16]
-    assert results["parts"].keys() == {"step 8", "step 16", OVERALL}
-    assert results["parts"][OVERALL]["all"]["answers"] == 8
+    assert results["parts"].keys() == {"step 8", "step 16", WHOLE}
+    assert results["parts"][WHOLE]["all"]["answers"] == 8
     policies = [
         json.loads((tmp_path / f"credit_fidelity/step_{step:06d}/settings.json").read_text())["policy"]
         for step in (8, 16)
