@@ -8,6 +8,13 @@ mean reward of so many answers, sampled from that state with what is left of tra
 completion is at its end, V is its own reward, and known exactly. VinePPO (https://arxiv.org/abs/2410.01679) estimates
 credit by continuing from prefixes, too.
 
+The value before a token is that of all tokens that may stand there, so with `p` the chance of `y_t`
+
+    credit_t = (1 - p) (V(prefix, y_t) - V(prefix, another token)),
+
+where the other token is drawn as the policy draws it, but for `y_t`. This is what is sampled: a token that was all but
+certain has all but no credit, and this way all but no noise either.
+
 The completions are those of token credit traces. Each is taken with the checkpoint of its generation's start.
 """
 
@@ -26,6 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
+from torch import Tensor
 from tqdm.auto import tqdm
 from trl.data_utils import is_conversational
 from trl.trainer.utils import is_async_callable
@@ -72,10 +80,31 @@ class CreditSettings:
 
 
 class State(NamedTuple):
-    """Where continuations begin: a completion of the trace, by its row, and how many of its tokens are there."""
+    """Where continuations begin: after a token of a completion, or after others in its place.
+
+    Attributes:
+        row: Of the completion, in the trace.
+        position: Of the token.
+        other: Whether others stand in its place, another one for each sample.
+    """
 
     row: int
-    tokens: int
+    position: int
+    other: bool
+
+
+class Choice(NamedTuple):
+    """What the policy had to choose from where it chose a token.
+
+    Attributes:
+        entropy: In nats, before top-p.
+        rest: The chance of all other tokens together.
+        others: Some of these, as the policy draws them.
+    """
+
+    entropy: float
+    rest: float
+    others: list[int]
 
 
 class Answer(NamedTuple):
@@ -85,7 +114,7 @@ class Answer(NamedTuple):
         step, row: Of its trace, and in it.
         positions: (N,), from 0.
         credit: (N,), in units of the reward.
-        error: (N,), standard error of `credit`. It is 0 where all samples of both states agree, which is too small.
+        error: (N,), standard error of `credit`: 0 where all samples agree, which may be too small.
         halves: (2, N), the credit by each half of the samples alone.
         signals: `{name: (N,)}` of `future_kl`, `weight`, `log_ratio`, `entropy`, `shuffled_future_kl`, and Future-KL
             with other half-lives, `future_kl_2` and so on.
@@ -193,12 +222,10 @@ class Trace:
         self.context = longest
         batch_size = settings.batch_size or default_batch_size(settings.backend, longest)
         self.settings = replace(settings, batch_size=batch_size)
-        wanted = {
-            State(row, place + after) for row, places in self.positions.items() for place in places for after in (0, 1)
-        }
-        open_ended = [state for state in wanted if not self.at_end(state)]
+        tokens = [(row, place) for row, places in self.positions.items() for place in places]
+        wanted = [State(*token, other) for token in tokens for other in (False, True)]
         # Prefixes of about one length are sampled together: little padding
-        self.states = sorted(open_ended, key=lambda state: (len(self.prompt_ids[state.row]) + state.tokens, state))
+        self.states = sorted(wanted, key=lambda state: (len(self.prompt_ids[state.row]) + state.position, state))
 
     def check_sampling(self):
         """See that the recipe samples as the run did, where its checkpoint says how."""
@@ -259,14 +286,10 @@ class Trace:
                 )
         return dict(zip(self.positions, now, strict=True))
 
-    def at_end(self, state: State) -> bool:
-        """Whether the whole answer is there, up to its end or to the limit of tokens."""
-        return state.tokens == len(self.completion_ids[state.row])
-
     def recorded(self) -> dict:
         """What results in a folder must share."""
         sampling = {name: getattr(self.task.training, name) for name in OF_SAMPLING}
-        states = [[state.row, state.tokens] for state in self.states]
+        states = [list(state) for state in self.states]
         return {
             **asdict(self.settings),
             **sampling,
@@ -290,49 +313,64 @@ class Trace:
             scratch=scratch,
         )
 
-    def sample(self, sampler: Sampler, done: dict[int, list[dict]]) -> Iterator[dict[int, list[dict]]]:
+    def begun(self, state: State, choices: dict[int, list[Choice]]) -> list[list[int]]:
+        """The tokens of the completion that are there, for each sample."""
+        before = self.completion_ids[state.row][: state.position]
+        if state.other:
+            others = choices[state.row][self.positions[state.row].index(state.position)].others
+            return [[*before, token] for token in others]
+        return [[*before, self.completion_ids[state.row][state.position]]] * self.settings.samples
+
+    def sample(
+        self, sampler: Sampler, choices: dict[int, list[Choice]], done: dict[int, list[dict]]
+    ) -> Iterator[dict[int, list[dict]]]:
         """Continue from all states that are not done; give `{number of the state: its samples}`, batch by batch.
 
         As in an evaluation, batches are always the same ones and each is seeded anew: what is done changes nothing.
         """
         n, at_once = self.settings.samples, self.settings.batch_size
+        longest = self.task.training.max_completion_length
         assert at_once is not None
         size = max(1, at_once // n)
-        begun = [self.completion_ids[state.row][: state.tokens] for state in self.states]
         for first in range(0, len(self.states), size):
             group = range(first, min(first + size, len(self.states)))
             if all(number in done for number in group):
                 continue
-            numbers = [number for number in group for _ in range(n)]
-            prompts = [self.prompt_ids[self.states[number].row] + begun[number] for number in numbers]
+            whole = [ids for number in group for ids in self.begun(self.states[number], choices)]
+            rows = [self.states[number].row for number in group for _ in range(n)]
             seeds = [seed_of(self.settings.seed + self.step, number) + i for number in group for i in range(n)]
-            limits = [self.task.training.max_completion_length - len(begun[number]) for number in numbers]
-            written = []
-            for start in range(0, len(numbers), at_once):  # several calls where a state has more samples than that
-                part = slice(start, start + at_once)
-                written += sampler(prompts[part], seeds[part], limits[part])
-            whole = [begun[number] + ids for number, ids in zip(numbers, written, strict=True)]
-            rows = [self.data_rows[self.states[number].row] for number in numbers]
-            rewards = self.task.rewards(rows, whole, self.model.tokenizer).tolist()
-            samples = [{"reward": reward, "length": len(ids)} for reward, ids in zip(rewards, written, strict=True)]
-            yield {
-                number: samples[place * n : (place + 1) * n]
-                for place, number in enumerate(group)
-                if number not in done
-            }
+            unfinished = [i for i, ids in enumerate(whole) if ids[-1] not in self.model.end_ids and len(ids) < longest]
+            for start in range(0, len(unfinished), at_once):  # several calls where a state has more samples than that
+                part = unfinished[start : start + at_once]
+                prompts = [self.prompt_ids[rows[i]] + whole[i] for i in part]
+                limits = [longest - len(whole[i]) for i in part]
+                for i, ids in zip(part, sampler(prompts, [seeds[i] for i in part], limits), strict=True):
+                    whole[i] = whole[i] + ids
+            rewards = self.task.rewards([self.data_rows[row] for row in rows], whole, self.model.tokenizer).tolist()
+            samples = [{"reward": reward, "length": len(ids)} for reward, ids in zip(rewards, whole, strict=True)]
+            of_states = (samples[start : start + n] for start in range(0, len(samples), n))
+            yield {number: each for number, each in zip(group, of_states, strict=True) if number not in done}
 
     @torch.no_grad()
-    def entropies(self, policy: Any) -> dict[int, list[float]]:
-        """The entropy of the policy where it chose each token of the answers, in nats, before top-p."""
-        values = {}
-        for row in self.positions:
-            ids = torch.tensor([self.prompt_ids[row] + self.completion_ids[row]])
-            logits = policy(input_ids=ids.to(policy.device)).logits[0]
-            chosen = logits[len(self.prompt_ids[row]) - 1 : -1].float() / self.task.training.temperature
-            values[row] = torch.distributions.Categorical(logits=chosen).entropy().tolist()
-        return values
+    def choices(self, policy: Any) -> dict[int, list[Choice]]:
+        """What the policy chose from at each position of each answer."""
+        training, n, found = self.task.training, self.settings.samples, {}
+        for row, places in self.positions.items():
+            prompt, ids = self.prompt_ids[row], self.completion_ids[row]
+            logits = policy(input_ids=torch.tensor([prompt + ids], device=policy.device)).logits[0]
+            logits = logits[[len(prompt) + place - 1 for place in places]].double().cpu() / training.temperature
+            chances = nucleus(logits.softmax(-1), training.top_p)
+            chosen = torch.tensor([ids[place] for place in places])[:, None]
+            others = chances.scatter(1, chosen, 0.0)
+            rest = others.sum(-1)
+            others[rest == 0] = 1.0  # no others: what is drawn will have no weight
+            generator = torch.Generator().manual_seed(seed_of(self.settings.seed + self.step, -1 - row))
+            drawn = torch.multinomial(others, n, replacement=True, generator=generator)
+            entropy = torch.distributions.Categorical(logits=logits).entropy()
+            found[row] = [Choice(*each) for each in zip(entropy.tolist(), rest.tolist(), drawn.tolist(), strict=True)]
+        return found
 
-    def answers(self, samples: dict[int, list[dict]], entropies: dict[int, list[float]]) -> list[Answer]:
+    def answers(self, samples: dict[int, list[dict]], choices: dict[int, list[Choice]]) -> list[Answer]:
         """The credit of the chosen tokens, beside what the trace says of them."""
         n = self.settings.samples
         rewards = {
@@ -341,19 +379,11 @@ class Trace:
         }
         answers = []
         for row, places in self.positions.items():
-            end = np.full(n, self.rewards[row])  # without noise
-            before, after = (
-                np.stack([rewards.get(State(row, place + step), end) for place in places]) for step in (0, 1)
+            rest = np.array([choice.rest for choice in choices[row]])[:, None]
+            with_it, without = (
+                np.stack([rewards[State(row, place, other)] for place in places]) for other in (False, True)
             )  # (N, n)
-            column = {name: self.table[name][row].values.to_numpy() for name in ("future_kl", "weight", "log_ratio")}
-            shuffled = np.random.default_rng([self.settings.seed, self.step, row]).permutation(column["future_kl"])
-            column |= {"entropy": np.array(entropies[row]), "shuffled_future_kl": shuffled}
-            masked = torch.from_numpy(self.table["state"][row].values.to_numpy() & TokenState.MASKED).bool()
-            for half_life in HALF_LIVES:
-                log_ratio = torch.from_numpy(column["log_ratio"].copy())
-                column[f"future_kl_{half_life}"] = future_kl(log_ratio, ~masked, half_life=half_life).numpy()
-            variance = before.var(axis=1, ddof=1) / n + after.var(axis=1, ddof=1) / n
-            difference = after - before  # of independent samples: their order means nothing
+            difference = rest * (with_it - without)  # of independent samples: their order means nothing
             answers.append(
                 Answer(
                     step=self.step,
@@ -362,12 +392,33 @@ class Trace:
                     advantage=self.table["advantage"][row].as_py(),
                     positions=np.array(places),
                     credit=difference.mean(axis=1),
-                    error=np.sqrt(variance),
+                    error=rest[:, 0] * np.sqrt((with_it.var(axis=1, ddof=1) + without.var(axis=1, ddof=1)) / n),
                     halves=np.stack([difference[:, : n // 2].mean(axis=1), difference[:, n // 2 :].mean(axis=1)]),
-                    signals={name: values[places].astype(np.float64) for name, values in column.items()},
+                    signals={
+                        **{name: values[places].astype(np.float64) for name, values in self.signals(row).items()},
+                        "entropy": np.array([choice.entropy for choice in choices[row]]),
+                    },
                 )
             )
         return answers
+
+    def signals(self, row: int) -> dict[str, np.ndarray]:
+        """What the trace says of all tokens of an answer, (T,) each, and what follows from it."""
+        column = {name: self.table[name][row].values.to_numpy() for name in ("future_kl", "weight", "log_ratio")}
+        masked = torch.from_numpy(self.table["state"][row].values.to_numpy() & TokenState.MASKED).bool()
+        log_ratio = torch.from_numpy(column["log_ratio"].copy())
+        for half_life in HALF_LIVES:
+            column[f"future_kl_{half_life}"] = future_kl(log_ratio, ~masked, half_life=half_life).numpy()
+        generator = np.random.default_rng([self.settings.seed, self.step, row])
+        return column | {"shuffled_future_kl": generator.permutation(column["future_kl"])}
+
+
+def nucleus(chances: Tensor, top_p: float) -> Tensor:
+    """The chances (N, V) with which tokens are drawn: of the likeliest ones whose chances reach `top_p` together."""
+    ordered, order = chances.sort(dim=-1, descending=True)
+    kept = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0) if top_p < 1 else ordered
+    kept = kept / kept.sum(-1, keepdim=True)
+    return torch.zeros_like(chances).scatter(1, order, kept)
 
 
 def policy_of(run: Path, settings: dict, base: str | None) -> str:
@@ -425,25 +476,26 @@ def credit_of(traces: Sequence[Trace], output_dir: Path) -> list[Answer]:
 
 
 def finish(trace: Trace, done: dict[int, list[dict]], file: BinaryIO, folder: Path) -> tuple[dict, dict]:
-    """Sample what a trace lacks; its samples and its entropies. The policy is loaded only if something is lacking."""
-    path, total = folder / "entropies.json", len(trace.states)
+    """Sample what a trace lacks; its samples and choices. The policy is loaded only if something is lacking."""
+    path, total = folder / "choices.json", len(trace.states)
     policy = None
     if not path.exists() or not done:
         policy = trace.model.load(trace.settings.dtype).eval()
         unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(trace.entropies(policy)))
+        unfinished.write_text(json.dumps(trace.choices(policy)))
         os.replace(unfinished, path)
+    choices = {int(row): [Choice(*each) for each in of_row] for row, of_row in json.loads(path.read_text()).items()}
     with tqdm(total=total, initial=len(done), desc=trace.name, unit="state", disable=None) as bar:
         if len(done) < total:
             if trace.settings.backend == "vllm":
                 policy = None  # makes room
             else:
                 policy = policy or trace.model.load(trace.settings.dtype).eval()
-            for samples in trace.sample(trace.sampler(policy, folder), done):
+            for samples in trace.sample(trace.sampler(policy, folder), choices, done):
                 append(file, samples)
                 done |= samples
                 bar.update(len(samples))
-    return done, {int(row): values for row, values in json.loads(path.read_text()).items()}
+    return done, choices
 
 
 def write_tokens(answers: Sequence[Answer], folder: Path):

@@ -31,7 +31,7 @@ from fipo_trl.analysis.credit_fidelity import (
     parts_of,
     rank_correlation,
 )
-from fipo_trl.analysis.true_credit import HALF_LIVES, Answer
+from fipo_trl.analysis.true_credit import HALF_LIVES, Answer, nucleus
 from fipo_trl.commands.credit_fidelity import main
 from fipo_trl.recipe.build import build
 from fipo_trl.recipe.validate import read_and_validate
@@ -188,8 +188,11 @@ def check_credit(results):
     for row, (_, answer) in enumerate(ANSWERS):
         of_answer = tokens[tokens.row == row]
         assert of_answer.position.tolist() == list(range(len(answer)))
-        errors.append((of_answer.credit.to_numpy() - exact_credit(answer)) / of_answer.error.to_numpy())
+        off, error = of_answer.credit.to_numpy() - exact_credit(answer), of_answer.error.to_numpy()
+        assert np.abs(off[error == 0]).max(initial=0) < 1e-6
+        errors.append(off[error > 0] / error[error > 0])
     errors = np.concatenate(errors)
+    assert len(errors) >= 12
     assert np.abs(errors).max() < 5
     assert 0.2 < np.mean(errors**2) < 3
 
@@ -204,6 +207,14 @@ def test_entropy_is_that_of_the_policy(folder):
         chances = [CHANCES[letter].values() for letter in "=" + answer[:-1]]
         expected = [-sum(p * math.log(p) for p in row) for row in chances]
         assert tokens[tokens.row == row].entropy.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_draws_from_a_nucleus():
+    """As transformers keeps tokens: the likeliest ones, up to and with the one by which they reach top_p."""
+    chances = torch.tensor([[0.1, 0.5, 0.15, 0.25]], dtype=torch.float64)
+    for top_p, kept in ((1.0, [0.1, 0.5, 0.15, 0.25]), (0.7, [0, 0.5, 0, 0.25]), (0.4, [0, 0.5, 0, 0])):
+        expected = np.array(kept) / sum(kept)
+        assert nucleus(chances, top_p)[0].tolist() == pytest.approx(expected.tolist())
 
 
 def test_other_half_lives(folder):
