@@ -189,7 +189,7 @@ def check_credit(results):
         of_answer = tokens[tokens.row == row]
         assert of_answer.position.tolist() == list(range(len(answer)))
         off, error = of_answer.credit.to_numpy() - exact_credit(answer), of_answer.error.to_numpy()
-        assert np.abs(off[error == 0]).max(initial=0) < 1e-6
+        assert np.abs(off[error == 0]).max(initial=0) < 1e-4
         errors.append(off[error > 0] / error[error > 0])
     errors = np.concatenate(errors)
     assert len(errors) >= 12
