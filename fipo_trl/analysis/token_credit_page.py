@@ -16,12 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from fipo_trl.objective.influence import ACTIVE_DISTANCE
 from fipo_trl.trainer.token_credit import TokenState, read_trace, trace_path
 
 
 BINS = 48  # of the histogram
+CREDIT_FOLDER = "credit_fidelity"  # of the true credit, in the output directory of the run
+TOKENS_NAME = "tokens.parquet"
 
 
 def write_page(run: str | Path, step: int | None = None) -> Path:
@@ -35,12 +38,30 @@ def write_page(run: str | Path, step: int | None = None) -> Path:
     """
     table, settings = read_trace(run, step)
     path = trace_path(run, settings["step"]).with_suffix(".html")
-    path.write_text(page(table, settings, title=Path(run).resolve().name), encoding="utf-8")
+    credit = read_credit(Path(run, CREDIT_FOLDER), settings["step"])
+    path.write_text(page(table, settings, Path(run).resolve().name, credit), encoding="utf-8")
     return path
 
 
-def page(table: pa.Table, settings: dict, title: str) -> str:
-    """The HTML of a trace: the template, and each completion in a block that is opened when it is read."""
+def read_credit(folder: Path, step: int) -> dict[int, dict[int, list[float]]]:
+    """What `fipo-trl credit-fidelity` found of a trace, `{row: {position: [credit, standard error]}}`.
+
+    It is empty where that was not asked for.
+    """
+    if not (folder / TOKENS_NAME).exists():
+        return {}
+    credit: dict[int, dict[int, list[float]]] = {}
+    for token in pq.read_table(folder / TOKENS_NAME, filters=[("step", "=", step)]).to_pylist():
+        credit.setdefault(token["row"], {})[token["position"]] = [token["credit"], token["error"]]
+    return credit
+
+
+def page(table: pa.Table, settings: dict, title: str, credit: dict[int, dict[int, list[float]]]) -> str:
+    """The HTML of a trace: the template, and each completion in a block that is opened when it is read.
+
+    Args:
+        credit: True credit, as [`read_credit`] gives it.
+    """
     rows = [Completion(table, i) for i in range(len(table))]
     weights = np.concatenate([row.weight[row.scored] for row in rows])
     states = np.concatenate([row.state for row in rows])
@@ -59,7 +80,8 @@ def page(table: pa.Table, settings: dict, title: str) -> str:
         "at_min": np.count_nonzero(weights <= np.float32(settings["influence_weight_min"])),
         "at_max": np.count_nonzero(weights >= np.float32(settings["influence_weight_max"])),
         "states": [np.count_nonzero(states & flag) for flag in TokenState],
-        "completions": [row.summary() for row in rows],
+        "most_credit": max((abs(known[0]) for places in credit.values() for known in places.values()), default=1.0),
+        "completions": [row.summary() | {"credit": credit.get(i, {})} for i, row in enumerate(rows)],
     }
     blocks = [json.dumps(summary, default=int, allow_nan=False).encode(), *(row.block() for row in rows)]
     template = resources.files("fipo_trl.analysis").joinpath("token_credit_page.html").read_text(encoding="utf-8")

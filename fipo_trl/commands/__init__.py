@@ -15,6 +15,7 @@ COMMANDS = {
     "report": ("report", "draw the paper's figures of finished runs, side by side"),
     "compare": ("compare", "train and evaluate several arms and seeds, or compare finished runs, with intervals"),
     "token-credit": ("token_credit", "make one HTML page of the weights that tokens got"),
+    "credit-fidelity": ("credit_fidelity", "sample the true credit of tokens, and correlate their weights with it"),
     "vllm-server-command": ("vllm_server_command", "print how to start the vLLM server that a recipe needs"),
     "recipes": ("recipes", "list the recipes that come with this package, or copy one"),
 }

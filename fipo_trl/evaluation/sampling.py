@@ -2,9 +2,9 @@
 
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import pad
@@ -13,8 +13,19 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from fipo_trl.evaluation.saved_model import SavedModel
 
 
-# Token ids of prompts, and a seed for each -> token ids of an answer to each, up to and with the token that ends it
-Sampler = Callable[[list[list[int]], list[int]], list[list[int]]]
+class Sampler(Protocol):
+    """Answers prompts."""
+
+    def __call__(
+        self, prompts: list[list[int]], seeds: list[int], limits: Sequence[int] | None = None
+    ) -> list[list[int]]:
+        """Token ids of prompts, and a seed for each -> token ids of an answer to each, with the one that ends it.
+
+        Args:
+            limits: Tokens of each answer, at most; `max_tokens` of the sampler where there are none.
+        """
+        ...
+
 
 AT_ONCE = 256  # answers that are sampled together, at most; vLLM runs about as many by default
 # Tokens of prompts and answers that transformers holds together, at most: of Qwen2.5-7B, in bfloat16, their keys and
@@ -75,7 +86,8 @@ def transformers_sampler(
         return next((ids[: place + 1] for place, token in enumerate(ids) if token in end_ids), ids)
 
     @torch.no_grad()
-    def sample(prompts, seeds):
+    def sample(prompts, seeds, limits=None):
+        limits = limits or [max_tokens] * len(prompts)
         longest = max(map(len, prompts))
         ids = torch.full((len(prompts), longest), end_ids[0])
         mask = torch.zeros_like(ids)
@@ -83,7 +95,7 @@ def transformers_sampler(
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
         ids, mask, cache = ids.to(policy.device), mask.to(policy.device), None
-        generation.max_length = longest + max_tokens
+        generation.max_length = longest + max(limits)
         answers: list[list[int]] = [[] for _ in prompts]
         running = list(range(len(prompts)))  # which answers the rows of the batch are
         torch.manual_seed(seeds[0])
@@ -99,7 +111,7 @@ def transformers_sampler(
                 ids, cache = output.sequences, output.past_key_values
                 done = have_ended(ids) | (ids.shape[1] == generation.max_length)
                 for row in done.nonzero().flatten().tolist():
-                    answers[running[row]] = until_end(ids[row, longest:].tolist())
+                    answers[running[row]] = until_end(ids[row, longest:].tolist())[: limits[running[row]]]
                 rest = (~done).nonzero().flatten()
                 running = [running[row] for row in rest.tolist()]
                 ids, mask = ids[rest], pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)[rest]
@@ -109,7 +121,7 @@ def transformers_sampler(
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             raise ValueError(
-                f"Out of memory: {len(prompts)} answers of up to {max_tokens} tokens do not fit at once. Set a "
+                f"Out of memory: {len(prompts)} answers of up to {max(limits)} tokens do not fit at once. Set a "
                 f"batch_size of less than {len(prompts)}, or let vLLM sample."
             ) from error
         return answers
@@ -154,17 +166,17 @@ def vllm_sampler(
     )
     shutil.rmtree(merged, ignore_errors=True)
 
-    def sample(prompts, seeds):
+    def sample(prompts, seeds, limits=None):
         settings = [
             SamplingParams(
                 seed=seed,
                 temperature=temperature,
                 top_p=top_p,
-                max_tokens=max_tokens,
+                max_tokens=limit,
                 stop_token_ids=model.end_ids,
                 detokenize=False,
             )
-            for seed in seeds
+            for seed, limit in zip(seeds, limits or [max_tokens] * len(seeds), strict=True)
         ]
         engine.reset_prefix_cache()  # what this process has answered before must not matter
         outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)

@@ -194,12 +194,11 @@ def write_trace(output_dir: str | Path, step: int, rows: list[dict], settings: d
     os.replace(unfinished, path)
 
 
-def read_trace(run: str | Path, step: int | None = None) -> tuple[pa.Table, dict]:
-    """The trace of an update, or of the latest there is, and its settings.
+def traced_steps(run: str | Path) -> list[int]:
+    """The updates of the traces of a run, at least one, in order.
 
     Raises:
-        ValueError: if there is no such folder, trace or update, or the file cannot be read; the message says what to
-            do.
+        ValueError: if there is no such folder or trace.
     """
     if not Path(run).is_dir():
         raise ValueError(f"{run}: there is no such folder. Give the output_dir of a training run.")
@@ -210,6 +209,17 @@ def read_trace(run: str | Path, step: int | None = None) -> tuple[pa.Table, dict
             f"{run} holds no traces ({FOLDER}/step_*.parquet). Give the output_dir of a run that was trained with "
             "token_credit_every, such as 10: the first trace is written at the end of the tenth generation."
         )
+    return steps
+
+
+def read_trace(run: str | Path, step: int | None = None) -> tuple[pa.Table, dict]:
+    """The trace of an update, or of the latest there is, and its settings.
+
+    Raises:
+        ValueError: if there is no such folder, trace or update, or the file cannot be read; the message says what to
+            do.
+    """
+    steps = traced_steps(run)
     if step is not None and step not in steps:
         raise ValueError(f"{run} holds no trace of step {step}, only of {', '.join(map(str, steps))}.")
     path = trace_path(run, steps[-1] if step is None else step)

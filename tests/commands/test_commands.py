@@ -29,5 +29,7 @@ def test_several_processes_without_a_gpu_get_a_file_that_says_so():
     assert words == ["--config_file", str(find_accelerate_config("two_cpu_processes")), "--num_processes", "3"]
     assert launcher_words(launch_parser().parse_args(["--cpu", "--num_processes", "1"])) == ["--num_processes", "1"]
     assert launcher_words(launch_parser().parse_args(["--cpu"])) == []
-    given = launcher_words(launch_parser().parse_args(["--accelerate_config", "one_node_zero3", "--num_processes", "2"]))
+    given = launcher_words(
+        launch_parser().parse_args(["--accelerate_config", "one_node_zero3", "--num_processes", "2"])
+    )
     assert given == ["--config_file", str(find_accelerate_config("one_node_zero3")), "--num_processes", "2"]

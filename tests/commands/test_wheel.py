@@ -90,7 +90,8 @@ def test_contents(wheel):
     shipped = {f"fipo_trl/recipe/{path.relative_to(ROOT).as_posix()}" for path in files}
     left_out = {name for name in shipped - names if not name.endswith((".png", ".pyc"))}
     assert left_out == {
-        f"fipo_trl/recipe/recipes/{name}" for name in ("SmolLM2-135M/results.json", "tiny/study/results.json")
+        f"fipo_trl/recipe/recipes/{name}"
+        for name in ("SmolLM2-135M/results.json", "tiny/study/results.json", "tiny/credit/credit_fidelity.json")
     }
     others = names - of_package - shipped
     assert {name.split("/")[0] for name in others} == {wheel.name.split("-py3")[0] + ".dist-info"}

@@ -112,6 +112,14 @@ def test_answers_that_have_ended_leave_the_batch(make, reads_once):
     assert all(columns == 1 for _, columns in passes[1:]) == reads_once
 
 
+def test_answers_have_limits_of_their_own(model, exam):
+    sampler = transformers_sampler(model, exam.end_ids, temperature=1.0, top_p=1e-6, max_tokens=60)
+    limits = [1, 60, 3, 2, 7, 30, 4]
+    answers = sampler(exam.prompt_ids, [0] * 7)
+    assert sampler(exam.prompt_ids, [0] * 7, limits) == [ids[:n] for ids, n in zip(answers, limits, strict=True)]
+    assert sampler(exam.prompt_ids, [0] * 7) == answers
+
+
 def test_samples_follow_the_models_distribution(model, exam):
     """The first tokens after the shortest prompt, beside the longest, come as often as the model says."""
     shortest, longest = min(exam.prompt_ids, key=len), max(exam.prompt_ids, key=len)

@@ -5,6 +5,7 @@ import sys
 import time
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import reference
@@ -442,6 +443,26 @@ def test_hover_and_arrow_keys_tell_about_a_token(browser, tmp_path):
     check_tip(browser, row, 1)
     browser.press("Escape")
     assert tip(browser) is None
+
+
+def test_true_credit_is_shown_where_it_is_known(browser, tmp_path):
+    """A bar below the token, as strong as the credit is large, and a line of its tip."""
+    known = [(1, 0.5, 0.0625), (3, -0.25, 0.125)]
+    of_tokens = [{"step": 80, "row": 0, "position": i, "credit": c, "error": e} for i, c, e in known]
+    of_others = [{"step": 72, "row": 0, "position": 2, "credit": 0.9, "error": 0.1}]
+    (tmp_path / "credit_fidelity").mkdir()
+    pq.write_table(pa.Table.from_pylist(of_tokens + of_others), tmp_path / "credit_fidelity" / "tokens.parquet")
+    open_page(browser, tmp_path, [make_row(list("abcde")), make_row(list("fghij"))])
+    browser.point_at("document.querySelectorAll('.tokens .t')[0]")
+    assert "true credit" not in tip(browser)
+    for i, said in ((1, "+0.5 (standard error 0.0625)"), (3, "\u22120.25 (standard error 0.125)")):
+        browser.point_at(f"document.querySelectorAll('.tokens .t')[{i}]")
+        assert f"true credit {said}" in tip(browser)
+    bars = browser.evaluate("[...document.querySelectorAll('.tokens .t')].map((t) => t.style.boxShadow)")
+    assert [i for i, bar in enumerate(bars) if bar] == [1, 3]
+    assert "--more" in bars[1]
+    assert "--less" in bars[3]
+    assert "0.5" in bars[3]
 
 
 def test_colours_tell_below_from_above_and_text_stays_readable(browser, tmp_path):
