@@ -154,12 +154,13 @@ class DynamicSampler:
         others: list[Group] = []
         scores: list[Tensor] = []
         visits: list[tuple[int, int, int | None]] = []  # position, row and outcome, as `PromptHistory.record` takes it
+        sampled = {self.stream[group.position] for group in mixed}
         start = self.position
         rounds = generated = all_right = all_wrong = 0
         self.mixed_seen, self.seen = MEMORY * self.mixed_seen, MEMORY * self.seen
         while len(mixed) < self.size and rounds < self.max_rounds:
             prompts = self.round_size(self.size - len(mixed))
-            positions = self._next_positions(prompts)
+            positions = self._next_positions(prompts, sampled)
             rows = [self.stream[position] for position in positions]
             rewards, rollouts = roll_out(rows)
             rounds, generated = rounds + 1, generated + prompts
@@ -205,13 +206,26 @@ class DynamicSampler:
             skipping=self._record(self.history, start, visits) if self.history else {},
         )
 
-    def _next_positions(self, prompts: int) -> list[int]:
-        """Go past the next prompts of the stream that are not skipped."""
+    def _next_positions(self, prompts: int, sampled: set[int]) -> list[int]:
+        """Go past the next prompts of the stream that are not skipped.
+
+        Where most are, a generation may pass the data several times. What the history says of a prompt does not change
+        in it, so none is sampled again before all others have been.
+
+        Args:
+            prompts: How many.
+            sampled: Rows that were sampled in this generation. Added to.
+        """
         positions: list[int] = []
         while len(positions) < prompts:
             row = self.stream[self.position]
-            if self.history is None or self.stream.draw(self.position) < self.history.probability(row):
+            if self.history is None:
                 positions.append(self.position)
+            elif row not in sampled and self.stream.draw(self.position) < self.history.probability(row):
+                positions.append(self.position)
+                sampled.add(row)
+                if len(sampled) == self.stream.rows:
+                    sampled.clear()
             self.position += 1
         return positions
 

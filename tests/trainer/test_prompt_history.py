@@ -105,15 +105,16 @@ def slow_oracle(generations, size, seed):
     p = {RIGHT: 0.5, WRONG: 0.5}
     position = 0
     for task.generation in range(generations):
-        start, kept, skipped, seen = position, [], 0, []
+        start, kept, skipped, seen, lap = position, [], 0, [], set()
         while len(kept) < size:
             row = stream[position]
             z, last = 0, outcomes[row][-1:]
             while last != [MIXED] and outcomes[row][-z - 1 : len(outcomes[row]) - z] == last != []:
                 z += 1
-            if z and stream.draw(position) >= max(p[last[0]] ** z, 0.01):
+            if row in lap or (z and stream.draw(position) >= max(p[last[0]] ** z, 0.01)):
                 skipped += 1
             else:
+                lap = lap | {row} if len(lap) < Task.rows - 1 else set()
                 outcome = task.outcome(row)
                 seen.append((row, outcome, z))
                 kept += [position] if outcome == MIXED else []
@@ -161,6 +162,29 @@ def test_nothing_is_skipped_in_the_first_pass_and_less_is_sampled_after_it():
             assert before <= batch.groups[0].position
     assert sampled[False][:3] == sampled[True][:3]
     assert sum(sampled[True]) < 0.6 * sum(sampled[False])  # of which a third is the least possible
+
+
+def test_no_prompt_is_sampled_twice_in_a_generation_before_all_others():
+    """Also where so many are skipped that a generation passes the data several times."""
+
+    def roll_out(rows):
+        asked.extend(rows)
+        rewards = torch.ones(len(rows), 2, 1)
+        rewards[[row < mixed for row in rows], 0] = 0.0
+        return rewards, [{0: row} for row in rows]
+
+    sampler = DynamicSampler(PromptStream(30, seed=0), 6, max_rounds=99, skip=True)
+    sampler.history.streaks[:] = 4
+    mixed, asked = 6, []  # of the rows; as many as a batch needs
+    batch = sampler.fill(roll_out)
+    assert sampler.position > 3 * 30
+    assert sorted(group.rollouts[0] for group in batch.groups) == list(range(6))
+    assert len(asked[:30]) == len(set(asked[:30]))
+    mixed = 4  # fewer: the same ones again, when all others have been sampled
+    asked.clear()
+    batch = sampler.fill(roll_out)
+    assert sorted(asked[:30]) == list(range(30))
+    assert sorted({group.rollouts[0] for group in batch.groups}) == list(range(4))
 
 
 def test_a_prompt_that_is_mixed_again_is_found_again():
