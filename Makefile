@@ -62,9 +62,10 @@ smollm: $(INSTALLED)
 
 # Rewards that run programs are tested in their sandbox: on Linux these tests fail without bubblewrap
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -n)
+NO_SANDBOX := No bubblewrap, and no way to install it: tests of the sandbox will fail. Install it: apt-get install bubblewrap
 SANDBOX = $(if $(filter Linux,$(shell uname -s)),command -v bwrap >/dev/null \
 	|| { $(SUDO) env $(APT) update && $(SUDO) env $(APT) install -y --no-install-recommends bubblewrap; } >/dev/null 2>&1 \
-	|| echo "No bubblewrap, and no way to install it: tests of the sandbox will fail. Install it: apt-get install bubblewrap",:)
+	|| echo "$(NO_SANDBOX)",:)
 
 # The page of scripts/token_credit.py is tested in a real browser
 test: $(INSTALLED)
