@@ -80,6 +80,7 @@ def test_server_command_is_one_that_vllm_parses(monkeypatch):
     monkeypatch.chdir(TESTS.parent)
     script = [sys.executable, "-m", "fipo_trl", "vllm-server-command", "--config", "recipes/tiny/fipo_vllm.yaml"]
     settings = ["--vllm_max_model_length", "200", "--vllm_tensor_parallel_size", "4", "--vllm_server_port", "8123"]
+    settings += ["--use_cpu", "false"]  # the recipe's true asks for a server on the CPU
     command = [*script, "--vllm_mode", "server", *settings]
     environment, vllm, serve, *arguments = shlex.split(subprocess.check_output(command, text=True))
     assert (environment, vllm, serve) == ("VLLM_SERVER_DEV_MODE=1", "vllm", "serve")

@@ -117,7 +117,10 @@ def test_loss_and_gradient_are_the_official_ones(tmp_path, settings):
     expected = (losses * mask).sum() / (inputs["num_items_in_batch"] / trainer.args.updates_per_generation)
     expected.backward()
     torch.testing.assert_close(loss, expected, **FLOAT32)
-    torch.testing.assert_close(actual, gradients(trainer), **FLOAT32)
+    official = gradients(trainer)
+    # Large weights make large gradients, of which small ones are differences
+    largest = max(gradient.abs().max().item() for gradient in official.values())
+    torch.testing.assert_close(actual, official, **FLOAT32 | {"atol": max(1e-5, 1e-6 * largest)})
 
 
 @pytest.mark.parametrize("gradient_accumulation_steps", [1, 2])
