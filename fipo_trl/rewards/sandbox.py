@@ -72,9 +72,7 @@ class Limits:
         if isolated:  # else it would count all processes of the user
             limits["NPROC"] = self.processes
         for name, value in limits.items():
-            most = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[
-                1
-            ]  # of this process, which it cannot exceed
+            _, most = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))  # of this process: no more can be given
             limits[name] = value if most == resource.RLIM_INFINITY else min(value, most)
         return limits
 
