@@ -105,7 +105,7 @@ def test_shipped_data_and_tokenizer_are_what_the_script_writes(tmp_path, folder,
     make_tiny_base.write_data(Random(0), tmp_path, *digits)
     for name in ("train.jsonl", "test.jsonl"):
         assert (tmp_path / name).read_bytes() == (shipped / "data" / name).read_bytes()
-    make_tiny_base.make_tokenizer().save_pretrained(tmp_path)
+    make_tiny_base.make_tokenizer(ALPHABET, 256).save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_text() == (shipped / "base" / name).read_text()
 

@@ -1,0 +1,90 @@
+"""Running sums with steps that may be written in several ways: the task of the calibrated study.
+
+The problems and the reward are those of `recipes/tiny/running_sums.py`. A step, whose running sum is the last of its
+digits, may be written in six ways, all as good: with one of three marks, and with a space or a comma behind it.
+
+    a3b0c4=    a3:3 b0=3,c4>2 A:2                        one chain
+               a3:3,b0=4 c4>3 ?a3=3 b0>3,c4:2 A:2        a check
+
+So most of the entropy of an answer lies where nothing is decided, as in the answers of a large language model.
+"""
+
+import re
+from random import Random
+
+from recipes.tiny.running_sums import ALPHABET as TINY_ALPHABET
+from recipes.tiny.running_sums import MODULUS, correct_answer
+
+
+MARKS = ":=>"
+ENDS = " ,"
+ALPHABET = TINY_ALPHABET + ">,"
+KINDS = ("one chain", "a check", "several checks")  # of answers, shortest first
+CARE = 1 / 2  # each walk of the teacher slips this many times as often as the walk before it
+
+_STEP = re.compile(r"([a-z])([0-4])[:=>]([0-4])[ ,]")
+
+
+def worked_answer(rng: Random, prompt: str, max_walks: int, slip: float) -> str:
+    """Writes the answer of a teacher who makes mistakes but does not know where.
+
+    Args:
+        rng: Source of the slips and of the forms.
+        prompt: A problem from `make_problem`.
+        max_walks: 1 answers with the end of a single walk; a larger number walks until two walks end in the same
+            digit, at most so many times, and answers with the end of the last one.
+        slip: Probability per step of the first walk that the running sum is one of the four wrong digits; `CARE` times
+            as large in each further walk.
+    """
+    walks: list[str] = []
+    ends: list[int] = []
+    while len(walks) < max_walks:
+        walk, total = "", 0
+        for key, digit in zip(prompt[:-1:2], prompt[1:-1:2], strict=True):
+            wrong_by = rng.randrange(1, MODULUS) if rng.random() < slip * CARE ** len(walks) else 0
+            total = (total + int(digit) + wrong_by) % MODULUS
+            walk += f"{key}{digit}{rng.choice(MARKS)}{total}{rng.choice(ENDS)}"
+        agrees = total in ends
+        walks.append(walk)
+        ends.append(total)
+        if agrees:
+            break
+    return f"{'?'.join(walks)}A:{ends[-1]}"
+
+
+def kind_of_answer(completion: str) -> str:
+    """Puts a completion in one of `KINDS` by the number of its walks."""
+    return KINDS[min(completion.count("?"), 2)]
+
+
+def decisive_tokens(prompt: str, completion: str) -> list[bool]:
+    """Where an answer was decided, as far as the task itself can tell: one value per character.
+
+    Of a wrong answer it is the first wrong step of the walk that was answered with. Of a right one it is the running
+    sums of that walk, each of which could have gone wrong, and the `?` that led there from a walk that had ended wrong.
+    """
+    decisive = [False] * len(completion)
+    chain, marker, answer = completion.rpartition("A:")
+    right = marker and answer == correct_answer(prompt)
+    *earlier, last = chain.split("?") if marker else completion.split("?")
+    start = len(chain if marker else completion) - len(last)
+    first_slip = None
+    position, total = start, 0
+    for key, digit in zip(prompt[:-1:2], prompt[1:-1:2], strict=True):
+        step = _STEP.match(completion, position)
+        total = (total + int(digit)) % MODULUS
+        if step is None or step.group(1) != key or step.group(2) != digit or int(step.group(3)) != total:
+            first_slip = position if step is None else step.start(3) if step.group(1, 2) == (key, digit) else position
+            break
+        if right:
+            decisive[step.start(3)] = True
+        position = step.end()
+    if right and first_slip is not None: # a lucky answer
+        return [False] * len(completion)
+    if not right:
+        if first_slip is None:
+            first_slip = len(completion) - 1
+        if first_slip < len(decisive): decisive[first_slip] = True
+    elif earlier and earlier[-1].rstrip(" ,")[-1:] != answer:
+        decisive[start - 1] = True
+    return decisive
