@@ -89,7 +89,8 @@ def prepare(arguments: list[str]) -> tuple[Recipe, "DAPOTrainer", str | None]:
     logger.setLevel(logging.INFO if recipe.training.process_index == 0 else logging.ERROR)
     if recipe.ignored:
         logger.info(
-            f"trainer=dapo does not read these settings of FIPO in {written.path}: {', '.join(recipe.ignored)}."
+            f"trainer={recipe.run.trainer} does not read these settings of FIPO in {written.path}: "
+            f"{', '.join(recipe.ignored)}."
         )
     for name, value in recipe.env.items():
         logger.info(f"{written.path} sets the environment variable {name}={value}.")

@@ -6,7 +6,7 @@ Where the paper and its code differ, the code is followed (github.com/qwenpilot/
 Shapes: B sequences, T completion tokens. Source: https://arxiv.org/abs/2603.19835.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +78,16 @@ class InfluenceWeights:
     dual_clipped: Tensor  # (B, T) bool, A < 0 and r > c
     statistics: InfluenceStatistics
 
+    def reweighted(self, weights: Tensor, mask: Tensor, *, weight_min: float, weight_max: float) -> "InfluenceWeights":
+        """The same with other weights, for one who asks what FIPO's are worth.
+
+        Args:
+            weights: (B, T).
+            mask, weight_min, weight_max: As for `influence_weights`.
+        """
+        changed = weight_statistics(weights, mask != 0, weight_min, weight_max)
+        return replace(self, weights=weights, statistics=self.statistics._replace(**changed))
+
 
 @torch.no_grad()  # f scales the advantage; a gradient through it would reward moving the policy for its own sake
 def influence_weights(
@@ -147,15 +157,10 @@ def influence_weights(
         dropped_tokens=row_tokens.masked_fill(kept, 0).sum(),
         policy_kl=-log_ratio.sum(),
         future_kl=kl.masked_fill(~scored, 0.0).sum(),
-        weight=weights.masked_fill(~scored, 0.0).sum(),
-        active=(scored & ((weights - 1.0).abs() > ACTIVE_DISTANCE)).sum(),
-        low_clipped=(scored & (weights <= weight_min)).sum(),
-        high_clipped=(scored & (weights >= weight_max)).sum(),
         masked=masked.sum(),
         safety_capped=safety_capped.sum(),
         dual_clipped=dual_clipped.sum(),
-        weight_min=weights.masked_fill(~scored, torch.inf).amin(),
-        weight_max=weights.masked_fill(~scored, -torch.inf).amax(),
+        **weight_statistics(weights, scored, weight_min, weight_max),
     )
     return InfluenceWeights(
         weights=weights,
@@ -166,6 +171,18 @@ def influence_weights(
         dual_clipped=dual_clipped,
         statistics=statistics,
     )
+
+
+def weight_statistics(weights: Tensor, scored: Tensor, weight_min: float, weight_max: float) -> dict[str, Tensor]:
+    """The fields of `InfluenceStatistics` that the weights (B, T) decide. `scored` is (B, T), bool."""
+    return {
+        "weight": weights.masked_fill(~scored, 0.0).sum(),
+        "active": (scored & ((weights - 1.0).abs() > ACTIVE_DISTANCE)).sum(),
+        "low_clipped": (scored & (weights <= weight_min)).sum(),
+        "high_clipped": (scored & (weights >= weight_max)).sum(),
+        "weight_min": weights.masked_fill(~scored, torch.inf).amin(),
+        "weight_max": weights.masked_fill(~scored, -torch.inf).amax(),
+    }
 
 
 @torch.no_grad()

@@ -133,8 +133,10 @@ def batches(plan: Plan) -> list[str]:
 def acts(plan: Plan) -> str:
     """Whether FIPO differs from DAPO in this run, in a sentence."""
     updates = plan.training.updates_per_generation
+    if "." in plan.run.trainer:
+        return f"trainer={plan.run.trainer} reads the settings of {plan.method}. What else it does is not known here."
     if plan.method == "DAPO":
-        return "FIPO does not act: trainer=dapo is the control arm."
+        return f"FIPO does not act: trainer={plan.run.trainer} is the control arm."
     if plan.training.fipo_is_off:
         return "FIPO does not act: both bounds of the influence weight are 1."
     return (

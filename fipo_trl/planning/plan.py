@@ -17,6 +17,7 @@ from fipo_trl.recipe.build import rewards_of
 from fipo_trl.recipe.model_limits import find_config, public_config
 from fipo_trl.recipe.validate import Recipe, read_and_validate
 from fipo_trl.trainer.dapo_config import DAPOConfig
+from fipo_trl.trainer.fipo_config import FIPOConfig
 
 
 class Parameters(NamedTuple):
@@ -64,7 +65,7 @@ class Plan:
 
     @property
     def method(self) -> Literal["FIPO", "DAPO"]:
-        return "FIPO" if self.run.trainer == "fipo" else "DAPO"
+        return "FIPO" if isinstance(self.training, FIPOConfig) else "DAPO"
 
     @property
     def colocated(self) -> bool:

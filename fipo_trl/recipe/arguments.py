@@ -11,11 +11,11 @@ from trl.scripts.grpo import GRPOScriptArguments
 class RunArguments(GRPOScriptArguments):
     """TRL's arguments of its GRPO script, the choice of the trainer, and settings of DAPO's data and rewards."""
 
-    trainer: Literal["fipo", "dapo"] = field(
+    trainer: str = field(
         default="fipo",
         metadata={
             "help": "'fipo', or 'dapo': the loss of TRL's GRPOTrainer, and all else the same: the control arm. It "
-            "reads no setting of FIPO."
+            "reads no setting of FIPO. Or module.Class, of your own, derived from one of the two."
         },
     )
     dataset_settings: dict | str | None = field(

@@ -17,6 +17,7 @@ from fipo_trl.data.reasoning_gym import is_task
 from fipo_trl.data.sources import load_splits
 from fipo_trl.evaluation.problems import load_evaluation
 from fipo_trl.recipe.model_limits import find_config, impossible
+from fipo_trl.recipe.trainers import find_trainer
 from fipo_trl.recipe.validate import Recipe
 from fipo_trl.rewards.names import columns_read_by, load_reward, load_rewards, name_of, runs_programs
 
@@ -46,11 +47,9 @@ def build(recipe: Recipe, checkpoint: str | None = None) -> "DAPOTrainer":
         allow_unsandboxed=recipe.run.allow_unsandboxed,
     )
     from fipo_trl.evaluation.callback import EvaluationCallback
-    from fipo_trl.trainer.dapo_trainer import DAPOTrainer
-    from fipo_trl.trainer.fipo_trainer import FIPOTrainer
     from fipo_trl.trainer.manifest import fingerprint, refuse_changes, run_of
 
-    trainer_class = {"fipo": FIPOTrainer, "dapo": DAPOTrainer}[recipe.run.trainer]
+    trainer_class = find_trainer(recipe.run.trainer, recipe.folder)
     if checkpoint is not None:
         rewards = [name_of(function) for function in arguments["reward_funcs"]]
         data = fingerprint(arguments["train_dataset"])

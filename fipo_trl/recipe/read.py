@@ -14,6 +14,7 @@ import yaml
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
 from fipo_trl.recipe.arguments import RunArguments
+from fipo_trl.recipe.trainers import config_class_of
 from fipo_trl.trainer.dapo_config import DAPOConfig
 from fipo_trl.trainer.fipo_config import FIPOConfig
 
@@ -22,7 +23,6 @@ from fipo_trl.trainer.fipo_config import FIPOConfig
 PATHS = ("model_name_or_path", "dataset_name", "eval_problems")
 # Variables by which a recipe would change what program runs, before anyone sees it
 REFUSED_ENV = ("LD_", "DYLD_", "PYTHON")
-CONFIGS: dict[str, type[DAPOConfig]] = {"fipo": FIPOConfig, "dapo": DAPOConfig}
 OF_FIPO = {f.name for f in fields(FIPOConfig)} - {f.name for f in fields(DAPOConfig)}  # what DAPO does not read
 
 
@@ -35,21 +35,21 @@ class Written:
         recipe: Its settings, without `env`, in the form in which argparse converts them.
         env: The environment variables under its key `env`.
         flags: The rest of the command line, which wins over the recipe.
-        trainer: "fipo" or "dapo".
-        ignored: Settings of FIPO in the recipe, where a flag made DAPO of it.
+        config_class: What the trainer reads.
+        ignored: Settings of FIPO in the recipe, where a flag chose a trainer that does not read them.
     """
 
     path: str | None
     recipe: dict[str, Any]
     env: dict[str, str]
     flags: tuple[str, ...]
-    trainer: str
+    config_class: type[DAPOConfig]
     ignored: tuple[str, ...]
 
     @property
     def folder(self) -> str | None:
         """Of the recipe's file."""
-        return None if self.path is None else os.path.dirname(os.path.abspath(self.path))
+        return folder_of(self.path)
 
     @property
     def given(self) -> set[str]:
@@ -107,7 +107,8 @@ def read(arguments: Iterable[str]) -> Written:
 
     Raises:
         ValueError: for a key or flag that nothing reads, with the nearest one that exists; for a key given twice; for
-            a value of the wrong type in the recipe; for a setting of FIPO where the trainer is DAPO.
+            a value of the wrong type in the recipe; for a trainer that cannot be loaded; for a setting of FIPO where
+            the trainer does not read it.
     """
     first = OneFlag(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
@@ -116,27 +117,32 @@ def read(arguments: Iterable[str]) -> Written:
     trainer.add_argument("--trainer")
     by_flag = trainer.parse_known_args(flags)[0].trainer
 
-    parser = Parser()
+    settings, env = ({}, {}) if options.config is None else read_file(options.config)
+    wanted = str(by_flag or settings.get("trainer", "fipo"))
+    config_class = config_class_of(wanted, folder_of(options.config))
+    parser = Parser(config_class)
+    not_read = OF_FIPO - parser.settings.keys()
+    ignored = sorted(settings.keys() & not_read)
+    of_flags = names_of(flags) & not_read
+    if of_flags or (ignored and by_flag is None):
+        where, name = ("argument", min(of_flags)) if of_flags else (options.config, ignored[0])
+        raise ValueError(f"{where}: '{name}' is a setting of FIPO, and trainer={wanted} does not read it. Remove it.")
     spelled = {option.lstrip("-").replace("-", "_") for action in parser._actions for option in action.option_strings}
     refuse_unknown(names_of(flags), spelled, "argument")
-    recipe, env = ({}, {}) if options.config is None else read_file(options.config, parser)
-    wanted = by_flag or recipe.get("trainer", "fipo")
-    if wanted not in CONFIGS:  # by a flag: the file's value has been checked
-        parser.parse_args(flags)
-    ignored = sorted(recipe.keys() & OF_FIPO) if wanted == "dapo" else []
-    if wanted == "dapo":
-        of_dapo = names_of(flags) & OF_FIPO
-        if of_dapo or (ignored and by_flag is None):
-            where, name = ("argument", min(of_dapo)) if of_dapo else (options.config, ignored[0])
-            raise ValueError(f"{where}: '{name}' is a setting of FIPO, and trainer=dapo does not read it. Remove it.")
+    recipe = {name: value for name, value in settings.items() if name not in ignored}
     return Written(
         path=options.config,
-        recipe={name: value for name, value in recipe.items() if name not in ignored},
+        recipe=checked(options.config or "", recipe, parser),
         env=env,
         flags=tuple(flags),
-        trainer=wanted,
+        config_class=config_class,
         ignored=tuple(ignored),
     )
+
+
+def folder_of(path: str | None) -> str | None:
+    """The folder of a recipe's file, if there is one."""
+    return None if path is None else os.path.dirname(os.path.abspath(path))
 
 
 def names_of(flags: Iterable[str]) -> set[str]:
@@ -144,8 +150,8 @@ def names_of(flags: Iterable[str]) -> set[str]:
     return {flag.split("=", 1)[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")}
 
 
-def read_file(path: str, parser: Parser) -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings in a YAML file, ready for argparse, and the environment variables under its key `env`."""
+def read_file(path: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings in a YAML file as they are written, and the environment variables under its key `env`."""
     if not os.path.isfile(path):
         raise ValueError(f"--config {path}: there is no such file.")
     try:
@@ -165,13 +171,18 @@ def read_file(path: str, parser: Parser) -> tuple[dict[str, Any], dict[str, str]
     for name in env:
         if name.startswith(REFUSED_ENV):
             raise ValueError(f"{path}: env sets {name}, which changes what program runs. Set it yourself, outside.")
+    return recipe, env
+
+
+def checked(path: str, recipe: dict[str, Any], parser: Parser) -> dict[str, Any]:
+    """The settings of a file, in the form in which argparse converts them."""
     refuse_unknown(recipe, parser.settings, path)
     try:
-        checked = {name: parser.check(name, value) for name, value in recipe.items()}
+        recipe = {name: parser.check(name, value) for name, value in recipe.items()}
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     folder = os.path.dirname(path)
-    return {name: beside(folder, value) if name in PATHS else value for name, value in checked.items()}, env
+    return {name: beside(folder, value) if name in PATHS else value for name, value in recipe.items()}
 
 
 def beside(folder: str, value):

@@ -8,7 +8,7 @@ from trl import DatasetMixtureConfig, ModelConfig
 from fipo_trl.data.reasoning_gym import is_task
 from fipo_trl.evaluation.settings import check_evaluation
 from fipo_trl.recipe.arguments import RunArguments
-from fipo_trl.recipe.read import CONFIGS, Parser, Written, read
+from fipo_trl.recipe.read import Parser, Written, read
 from fipo_trl.trainer.dapo_config import DAPOConfig
 
 
@@ -18,12 +18,12 @@ class Recipe:
 
     Attributes:
         run: Which trainer, data, rewards, evaluation.
-        training: A `FIPOConfig`, or a `DAPOConfig` where the trainer is DAPO.
+        training: What the trainer reads: a `FIPOConfig`, or a `DAPOConfig` where it is DAPO.
         model: TRL's settings of the model, its quantization and its adapter.
         mixture: TRL's mixture of datasets.
         folder: Of the file, where rewards are looked for after the working directory.
         env: Environment variables to set before training.
-        ignored: Settings of FIPO in the file, which DAPO does not read.
+        ignored: Settings of FIPO in the file, which the trainer does not read.
     """
 
     run: RunArguments
@@ -50,7 +50,7 @@ def validate(written: Written, world_size: int | None = None) -> Recipe:
         ValueError: for a value that cannot be converted, for every setting that the configuration refuses, and for one
             that does nothing beside the others.
     """
-    config_class = CONFIGS[written.trainer]
+    config_class = written.config_class
     if world_size is not None:
         config_class = type(config_class.__name__, (config_class,), {"world_size": world_size})
     parser = Parser(config_class)

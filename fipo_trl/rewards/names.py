@@ -6,7 +6,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from trl import rewards as of_trl
 
@@ -66,16 +66,11 @@ def load_reward(
     Raises:
         ValueError: if there is no such function.
     """
-    module_path, _, attribute = name.rpartition(".")
-    if module_path:
-        places = [place for place in (os.getcwd(), folder) if place and place not in sys.path]
-        sys.path[:0] = places
     try:
-        if module_path:
-            module = importlib.import_module(module_path)
+        if "." in name:
+            function = find(name, folder)
         else:
-            module = of_fipo_trl if name in of_fipo_trl.__all__ else of_trl
-        function = getattr(module, attribute)
+            function = getattr(of_fipo_trl if name in of_fipo_trl.__all__ else of_trl, name)
         if not callable(function):
             raise AttributeError(f"it is a {type(function).__name__}, not a function")
         if allow_unsandboxed and runs_programs(function):
@@ -88,6 +83,21 @@ def load_reward(
             "trl.rewards (accuracy_reward, reasoning_accuracy_reward, think_format_reward), or an import path such as "
             "my_package.my_module.my_reward, looked for in the directory you start from, then in the recipe's folder."
         ) from error
+
+
+def find(path: str, folder: str | None = None) -> Any:
+    """What an import path such as `my_module.my_reward` names.
+
+    Args:
+        path: With at least one dot.
+        folder: Where the module is looked for after the working directory.
+
+    Raises:
+        ImportError, AttributeError: if there is none.
+    """
+    module, _, attribute = path.rpartition(".")
+    sys.path[:0] = [place for place in (os.getcwd(), folder) if place and place not in sys.path]
+    return getattr(importlib.import_module(module), attribute)
 
 
 def runs_programs(function: Callable | str) -> bool:

@@ -11,7 +11,7 @@ import torch
 from accelerate.logging import get_logger
 from torch import Tensor
 
-from fipo_trl.objective.influence import InfluenceStatistics, influence_weights
+from fipo_trl.objective.influence import InfluenceStatistics, InfluenceWeights, influence_weights
 from fipo_trl.trainer.dapo_trainer import DAPOTrainer
 from fipo_trl.trainer.fipo_config import FIPOConfig
 from fipo_trl.trainer.sharding import restore_loss_scale, scale_gradients, scale_whole_update
@@ -88,12 +88,14 @@ class FIPOTrainer(DAPOTrainer):
 
     # A log-ratio becomes a weight
 
-    def _weight_advantages(self, per_token_logps: Tensor) -> InfluenceStatistics:
-        """Replace the advantages (B,) of the loss by `A f` (B, T), 0 for sequences that leave the policy loss."""
-        args, inputs = self.args, self._loss_scope.inputs
-        advantages = inputs["advantages"]
-        log_ratio, mask = self._loss_scope.log_ratio(per_token_logps)
-        influence = influence_weights(
+    def _influence(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> InfluenceWeights:
+        """The weights of a micro-batch; arguments as for `influence_weights`.
+
+        A subclass may give others, with `InfluenceWeights.reweighted`. `self._loss_scope.inputs` are TRL's: the token
+        ids of prompts and completions.
+        """
+        args = self.args
+        return influence_weights(
             log_ratio,
             advantages,
             mask,
@@ -104,6 +106,13 @@ class FIPOTrainer(DAPOTrainer):
             safety_ratio=args.influence_safety_ratio,
             participation_mask=args.future_kl_participation_mask,
         )
+
+    def _weight_advantages(self, per_token_logps: Tensor) -> InfluenceStatistics:
+        """Replace the advantages (B,) of the loss by `A f` (B, T), 0 for sequences that leave the policy loss."""
+        args, inputs = self.args, self._loss_scope.inputs
+        advantages = inputs["advantages"]
+        log_ratio, mask = self._loss_scope.log_ratio(per_token_logps)
+        influence = self._influence(log_ratio, advantages, mask)
         if self._token_credit is not None:
             self._token_credit.record(self._step, self.state.global_step + 1, inputs, log_ratio, influence)
         if advantages.dim() == 1:

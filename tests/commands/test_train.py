@@ -133,7 +133,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes_exactly(tmp_path):
         (["--delta", "1.0"], "delta=1.0 must be greater than 1 + epsilon_high"),
         (["--steps_per_generation", "1"], "FIPO would be DAPO: steps_per_generation=1 x num_iterations=1"),
         (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
-        (["--trainer", "grop"], "invalid choice: 'grop'"),
+        (["--trainer", "grop"], "'trainer' must be one of fipo, dapo, or an import path"),
         (["--lora_r", "8"], "'lora_r' does nothing without use_peft: true"),
         (["-learning_rate", "1"], "'-learning_rate' is not understood. Flags start with two dashes"),
         (["learning_rate=1"], "'learning_rate=1' is not understood."),
@@ -154,7 +154,10 @@ def test_wrong_arguments(arguments, message):
         ("decay_rate: 32", "nothing reads 'decay_rate'."),
         ("learning_rate: 1.0e-6", "'learning_rate' is given 2 times. Keep one."),
         ("help: true", "nothing reads 'help'."),
-        ("trainer: grop", "'trainer' must be one of fipo, dapo, got grop."),
+        (
+            "trainer: grop",
+            "'trainer' must be one of fipo, dapo, or an import path such as my_module.MyTrainer",
+        ),
         (
             "drop_dual_clipped_sequences: [false]",
             "'drop_dual_clipped_sequences' takes one value, got the list [False].",
@@ -394,7 +397,7 @@ def test_help_names_every_setting():
     assert run.returncode == 0
     for text in (
         "--config RECIPE.yaml",
-        "--trainer {fipo,dapo}",
+        "--trainer TRAINER",
         "--influence_weight_max",
         "--lora_r",
         "--reward_funcs",

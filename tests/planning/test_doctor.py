@@ -235,6 +235,7 @@ def test_differences_name_setting_paper_and_ours():
     [
         ([], "FIPO acts in 7 of 8 updates"),
         (["--trainer", "dapo"], "trainer=dapo is the control arm"),
+        (["--trainer", "recipes.calibrated.controls.OracleTrainer"], "OracleTrainer reads the settings of FIPO. What"),
         (["--influence_weight_max", "1.0"], "both bounds of the influence weight are 1"),
     ],
 )
