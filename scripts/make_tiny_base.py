@@ -1,4 +1,4 @@
-"""Rebuilds the tiny base models and their problems: base/ and data/ of recipes/tiny, recipes/tiny/study, recipes/calibrated.
+"""Rebuilds base/ and data/, a tiny model and its problems, of recipes/tiny, its study, or recipes/calibrated.
 
     python scripts/make_tiny_base.py
     python scripts/make_tiny_base.py --min_digits 7 --max_digits 9 --output recipes/tiny/study
@@ -96,9 +96,10 @@ def of_calibrated_study() -> Base:
     """The base of recipes/calibrated."""
     of, digits = calibrated, (15, 17)
     phases = (
-        Phase("clean chains of up to 8 digits", 300, (1, 8), 0.0, {1: 1.0}),
-        Phase("clean chains", 250, (1, digits[1]), 0.0, {1: 1.0}, 48, 3e-3),
-        Phase("mixture", 220, digits, 0.10, {1: 0.50, 3: 0.32, 4: 0.18}, 32, 3e-3),
+        Phase("clean chains", 300, (1, 8), 0.0, {1: 1.0}),
+        Phase("checks", 400, (1, 8), 0.18, {4: 1.0}),
+        Phase("longer checks", 300, (1, digits[1]), 0.09, {4: 1.0}, 32, 3e-3),
+        Phase("mixture", 400, digits, 0.09, {1: 0.50, 3: 0.32, 4: 0.18}, 32, 3e-3),
     )
     # The teacher's longest answer has 382 tokens with its prompt
     return Base(of.ALPHABET, 400, of.worked_answer, of.KINDS, of.kind_of_answer, digits, phases)

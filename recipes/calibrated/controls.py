@@ -10,6 +10,8 @@ All else is FIPO's: the settings, the completions that leave the loss, what is l
 weights are those of the weights that the loss applied; `fipo/future_kl` is FIPO's.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,6 +32,14 @@ class ControlTrainer(FIPOTrainer):
         weights = self._control(influence.weights, mask != 0)
         bounds = {"weight_min": self.args.influence_weight_min, "weight_max": self.args.influence_weight_max}
         return influence.reweighted(weights, mask, **bounds)
+
+
+class UnappliedWeightsTrainer(FIPOTrainer):
+    """DAPO, whose metrics `fipo/*` say which weights FIPO would give: by it a task is chosen before FIPO is run."""
+
+    def _influence(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> InfluenceWeights:
+        influence = super()._influence(log_ratio, advantages, mask)
+        return replace(influence, weights=torch.ones_like(influence.weights), kept=torch.ones_like(influence.kept))
 
 
 class ShuffledWeightsTrainer(ControlTrainer):

@@ -13,14 +13,13 @@ import re
 from random import Random
 
 from recipes.tiny.running_sums import ALPHABET as TINY_ALPHABET
-from recipes.tiny.running_sums import MODULUS, correct_answer
+from recipes.tiny.running_sums import CARE, MODULUS, correct_answer
 
 
 MARKS = ":=>"
 ENDS = " ,"
 ALPHABET = TINY_ALPHABET + ">,"
 KINDS = ("one chain", "a check", "several checks")  # of answers, shortest first
-CARE = 1 / 2  # each walk of the teacher slips this many times as often as the walk before it
 
 _STEP = re.compile(r"([a-z])([0-4])[:=>]([0-4])[ ,]")
 
@@ -60,31 +59,37 @@ def kind_of_answer(completion: str) -> str:
 def decisive_tokens(prompt: str, completion: str) -> list[bool]:
     """Where an answer was decided, as far as the task itself can tell: one value per character.
 
-    Of a wrong answer it is the first wrong step of the walk that was answered with. Of a right one it is the running
-    sums of that walk, each of which could have gone wrong, and the `?` that led there from a walk that had ended wrong.
+    Of a wrong answer it is the first wrong place of its last walk, with whose end it answers; or its last character,
+    if that walk is right. Of a right one it is the running sums of the last walk, each of which could have gone wrong,
+    and the `?` that led to it if the walk before ended wrong. A right answer after a wrong walk is luck: nothing.
     """
-    decisive = [False] * len(completion)
     chain, marker, answer = completion.rpartition("A:")
-    right = marker and answer == correct_answer(prompt)
-    *earlier, last = chain.split("?") if marker else completion.split("?")
-    start = len(chain if marker else completion) - len(last)
-    first_slip = None
-    position, total = start, 0
+    start = (chain if marker else completion).rfind("?") + 1
+    sums, wrong = follow(prompt, completion, start)
+    decisive = set()
+    if not marker or answer != correct_answer(prompt):
+        decisive = {len(completion) - 1 if wrong is None else min(wrong, len(completion) - 1)}
+    elif wrong is None:
+        decisive = set(sums)
+        if start and completion[start - 3 : start - 2] != answer:
+            decisive.add(start - 1)
+    return [place in decisive for place in range(len(completion))]
+
+
+def follow(prompt: str, completion: str, start: int) -> tuple[list[int], int | None]:
+    """Follows the walk that starts there.
+
+    Returns:
+        Where its running sums stand while all is right, and where it first goes wrong or ends too early, or `None`.
+    """
+    sums, total = [], 0
     for key, digit in zip(prompt[:-1:2], prompt[1:-1:2], strict=True):
-        step = _STEP.match(completion, position)
+        step = _STEP.match(completion, start)
         total = (total + int(digit)) % MODULUS
-        if step is None or step.group(1) != key or step.group(2) != digit or int(step.group(3)) != total:
-            first_slip = position if step is None else step.start(3) if step.group(1, 2) == (key, digit) else position
-            break
-        if right:
-            decisive[step.start(3)] = True
-        position = step.end()
-    if right and first_slip is not None: # a lucky answer
-        return [False] * len(completion)
-    if not right:
-        if first_slip is None:
-            first_slip = len(completion) - 1
-        if first_slip < len(decisive): decisive[first_slip] = True
-    elif earlier and earlier[-1].rstrip(" ,")[-1:] != answer:
-        decisive[start - 1] = True
-    return decisive
+        if step is None or step.group(1, 2) != (key, digit):
+            return sums, start
+        if step.group(3) != str(total):
+            return sums, step.start(3)
+        sums.append(step.start(3))
+        start = step.end()
+    return sums, None
