@@ -5,6 +5,12 @@
 
 Each run lies in OUTPUT_DIR/STUDY/ARM/seed-N. Ctrl-C saves a checkpoint of those in progress; the same command goes on
 from there, and passes over what is done. At the end results.json, tables.md and figures are in OUTPUT_DIR/STUDY.
+
+    python scripts/replicate.py --study tiny --summarise
+    python scripts/replicate.py --study tiny --merge A/results.json B/results.json --output_dir outputs/merged
+
+The first summarises the runs that are finished, also while others go on. The second takes together what several
+machines made of other seeds or other arms.
 """
 
 import argparse
@@ -12,6 +18,7 @@ import sys
 from pathlib import Path
 
 from fipo_trl.analysis.study import Study
+from fipo_trl.analysis.study_results import merge, summarise
 from fipo_trl.commands.compare import run_and_print
 
 
@@ -69,13 +76,25 @@ def main():
     parser.add_argument("--arms", nargs="+", help="some of the arms, by name (all)")
     parser.add_argument("--seeds", nargs="+", type=int, help="(those of the study)")
     parser.add_argument("--output_dir", type=Path, default="outputs/replicate", help="(outputs/replicate)")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--summarise", action="store_true", help="run nothing: summarise what is finished")
+    instead.add_argument(
+        "--merge", nargs="+", type=Path, metavar="RESULTS", help="run nothing: merge the results.json of parts"
+    )
     options = parser.parse_args()
     study = STUDIES[options.study]
     arms = options.arms or list(study.arms)
     if unknown := [arm for arm in arms if arm not in study.arms]:
         sys.exit(f"error: --arms: there is no '{unknown[0]}' in this study, only {', '.join(study.arms)}.")
     study = study._replace(arms={arm: study.arms[arm] for arm in arms}, seeds=options.seeds or study.seeds)
-    run_and_print(study, options.output_dir / options.study, options.jobs)
+    root = options.output_dir / options.study
+    if not (options.merge or options.summarise):
+        run_and_print(study, root, options.jobs)
+        return
+    try:
+        print(merge(study, options.merge, root) if options.merge else summarise(study, root))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

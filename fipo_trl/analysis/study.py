@@ -16,7 +16,6 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from importlib.metadata import version
 from itertools import cycle, islice, takewhile
 from pathlib import Path
 from queue import SimpleQueue
@@ -25,8 +24,6 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from fipo_trl.analysis.comparison import MIN_SEEDS, compare, draw_differences, metrics_of, table
-from fipo_trl.analysis.report import Run, draw, write_report
 from fipo_trl.recipe.read import names_of
 from fipo_trl.recipe.validate import read_and_validate
 from fipo_trl.trainer.resume import TRAINER_STATE_NAME, latest_checkpoint
@@ -34,14 +31,6 @@ from fipo_trl.trainer.resume import TRAINER_STATE_NAME, latest_checkpoint
 
 INTERRUPTED = 128 + signal.SIGINT  # exit status of a process that stopped because it was told to, and can go on
 OWN = {"seed", "output_dir", "resume_from_checkpoint"}  # settings that a study gives to each of its runs
-# Drawn for the control and the two arms after it
-CURVES = {
-    "reward": "reward",
-    "completions/mean_length": "mean length, tokens",
-    "grad_norm": "gradient norm",
-    "policy/kl": "policy KL, nats",
-    "fipo/influence_weight/mean": "influence weight",
-}
 
 
 class Study(NamedTuple):
@@ -53,13 +42,15 @@ class Study(NamedTuple):
         evaluation: Arguments of `fipo-trl evaluate` by which the runs are evaluated, `--dataset` first; empty where
             they are not.
         seeds: Of the arms that are trained.
-        differences: Metrics whose differences to the control are drawn; see [`usual_differences`].
+        differences: Metrics whose differences to the control are drawn; see `study_results.py`.
+        endpoints: Metrics that are tested, see [`compare_endpoints`]; named before anything runs.
     """
 
     arms: Mapping[str, list[str] | dict[int, Path]]
     evaluation: list[str]
     seeds: Sequence[int] = ()
     differences: tuple[str, ...] = ()
+    endpoints: tuple[str, ...] = ()
 
     @property
     def problems(self) -> int:
@@ -188,7 +179,7 @@ def digest(path: Path) -> str:
 
 
 def check_same(task: Task):
-    """Refuse a folder with the run of other arguments or another recipe: its results would pass for these."""
+    """Raise a `ValueError` for a folder with the run of other arguments or another recipe: it would pass for this."""
     path = task.folder / "arguments.json"
     there = json.loads(path.read_text()) if path.exists() else task.arguments
     if there not in (task.arguments, task.arguments | {"evaluate": []}):  # the second has yet to be evaluated
@@ -196,13 +187,23 @@ def check_same(task: Task):
             f"{task.folder} holds a run of other arguments or of another recipe (see its arguments.json). Delete it, "
             "or give another --output_dir."
         )
+
+
+def begin(task: Task):
+    """Say in its folder what a run is. Errors are those of [`check_same`]."""
+    check_same(task)
     task.folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(task.arguments, indent=2) + "\n")
+    (task.folder / "arguments.json").write_text(json.dumps(task.arguments, indent=2) + "\n")
 
 
 def evaluations_of(task: Task) -> list[Path]:
     """The folders of its finished evaluations."""
     return sorted(path.parent for path in task.folder.glob("evaluation/*/summary.json"))
+
+
+def is_done(task: Task, problems: int) -> bool:
+    """Whether it is trained, and evaluated on so many sets of problems."""
+    return (task.run / TRAINER_STATE_NAME).exists() and len(evaluations_of(task)) >= problems
 
 
 def run_one(commands: Commands, task: Task, problems: int):
@@ -250,7 +251,7 @@ def run_study(study: Study, root: Path, jobs: int):
             raise ValueError(f"Another process works on {root}. Wait for it, or give another --output_dir.") from error
         wanted = {key: task for key, task in tasks.items() if "train" in task.arguments or study.evaluation}
         for task in wanted.values():
-            check_same(task)
+            begin(task)
         commands = Commands()
         for gpu in islice(cycle(visible_gpus()), jobs):  # where there are more runs than GPUs, they share them
             commands.gpus.put(gpu)
@@ -277,88 +278,3 @@ def run_all(commands: Commands, tasks: dict[tuple[int, str], Task], problems: in
                 raise error if isinstance(error, Interrupted) else RuntimeError(f"{futures[future]}: {error}")
             bar.update()
             bar.set_postfix_str(futures[future])
-
-
-def summarise(study: Study, root: Path) -> str:
-    """Write results.json, tables.md, the figures and report.html of finished runs; returns the tables, in Markdown."""
-    tasks, metrics, drawn = tasks_of(study, root), {}, {}
-    for arm, words in study.arms.items():
-        of_arm = {seed: tasks[seed, arm] for seed in study.seeds_of(arm)}
-        args = read_and_validate(words).training if isinstance(words, list) else None
-        patterns = (args.derivation_pattern, args.self_check_pattern) if args else ()
-        drawn[arm] = [Run(task.run) for task in of_arm.values()]
-        metrics[arm] = {
-            seed: metrics_of(run, evaluations_of(task) if study.evaluation else [], *patterns)
-            for (seed, task), run in zip(of_arm.items(), drawn[arm], strict=True)
-        }
-    compared = compare(metrics)
-    results = {
-        "study": root.name,
-        "versions": {name: version(name) for name in ("fipo-trl", "trl", "transformers", "torch")},
-        "arms": {
-            arm: {
-                **(
-                    {"train": words}
-                    if isinstance(words, list)
-                    else {"folders": [str(words[s]) for s in sorted(words)]}
-                ),
-                "runs": metrics[arm],
-                **{kind: {name: list(value) for name, value in part.items()} for kind, part in compared[arm].items()},
-            }
-            for arm, words in study.arms.items()
-        },
-        "evaluate": study.evaluation,
-    }
-    without_nan = json.loads(json.dumps(results), parse_constant=lambda _: None)
-    (root / "results.json").write_text(json.dumps(without_nan, indent=1) + "\n")
-    runs = [run for members in drawn.values() for run in members]
-    curves = {metric: title for metric, title in CURVES.items() if any(run.has(metric) for run in runs)}
-    if curves:
-        (root / "curves.png").write_bytes(draw(curves, dict(list(drawn.items())[:3]), "step"))
-    write_report(drawn, root / "report")
-    parts = [table(compared, "mean"), notes(study, drawn)]
-    if any(part["minus_control"] for part in list(compared.values())[1:]):
-        drawn_metrics = study.differences or usual_differences(compared)
-        draw_differences(compared, drawn_metrics, root / "differences.png")
-        control = next(iter(study.arms))
-        parts += [f"Difference to {control}, seed by seed:", table(compared, "minus_control"), paired(study)]
-    text = "\n\n".join(filter(None, parts))
-    (root / "tables.md").write_text(text + "\n")
-    return text
-
-
-def usual_differences(compared: dict[str, dict]) -> list[str]:
-    """Accuracy on each set of problems, or else the reward; length and gradient norm."""
-    names = dict.fromkeys(name for part in list(compared.values())[1:] for name in part["minus_control"])
-    accuracies = [name for name in names if "avg@" in name] or ["reward"]
-    return [name for name in [*accuracies, "mean_length", "grad_norm"] if name in names]
-
-
-def notes(study: Study, runs: dict[str, list[Run]]) -> str:
-    """What the numbers of the first table are."""
-    counts = {arm: len(study.seeds_of(arm)) for arm in study.arms}
-    same = len(set(counts.values())) == 1
-    of_each = f"{next(iter(counts.values()))}" if same else ", ".join(f"{n} of {arm}" for arm, n in counts.items())
-    sentences = [f"Seeds: {of_each}. " + what_is_shown(list(counts.values()), "Cells are means over the seeds")]
-    updates = sorted({run.rows[-1]["step"] for members in runs.values() for run in members})
-    if len(updates) > 1:
-        sentences.append(f"The runs have {updates[0]} to {updates[-1]} updates: do not compare means over training.")
-    return " ".join(sentences)
-
-
-def paired(study: Study) -> str:
-    """What the numbers of the second table are."""
-    control, *arms = study.arms
-    shared = {arm: len(set(study.seeds_of(arm)) & set(study.seeds_of(control))) for arm in arms}
-    sentences = [what_is_shown([count for count in shared.values() if count], "Cells are means of the differences")]
-    sentences += [f"{arm} shares no seed with {control}." for arm, count in shared.items() if not count]
-    return " ".join(sentences)
-
-
-def what_is_shown(counts: list[int], cells: str) -> str:
-    few = f"of fewer than {MIN_SEEDS} seeds an interval says nothing, so there is none"
-    if min(counts) >= MIN_SEEDS:
-        return f"{cells}, with 95% intervals."
-    if max(counts) >= MIN_SEEDS:
-        return f"{cells}, with 95% intervals; {few}."
-    return f"{cells}, without intervals: {few}. Each run's numbers are in results.json."

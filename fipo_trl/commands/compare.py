@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from fipo_trl.analysis.report import find_arms
-from fipo_trl.analysis.study import INTERRUPTED, Interrupted, Study, run_study, summarise
+from fipo_trl.analysis.study import INTERRUPTED, Interrupted, Study, run_study
+from fipo_trl.analysis.study_results import summarise
 from fipo_trl.data.reasoning_gym import is_task
 from fipo_trl.evaluation.problems import load_evaluation
 from fipo_trl.trainer.resume import TRAINER_STATE_NAME

@@ -9,11 +9,18 @@ from datasets import Dataset
 from PIL import Image
 
 from fipo_trl.analysis.comparison import (
+    area,
     cell,
     compare,
+    compare_endpoints,
+    curves_of,
+    draw_curves,
     draw_differences,
+    endpoint_table,
+    holm,
     metrics_of,
     over_seeds,
+    paired_t_test,
     row_of,
     table,
     updates_to,
@@ -46,6 +53,7 @@ def test_interval_over_seeds():
     assert over_seeds([0.25, 0.25, 0.25]) == (0.25, 0.25, 0.25)
     assert over_seeds([0.5]) == pytest.approx((0.5, math.nan, math.nan), nan_ok=True)
     # Student's interval of two seeds is 12.7 times their distance: 89.4 [8.3, 170.5] of 100 was one
+    assert over_seeds([1.0, math.nan, 2.0]) == pytest.approx((math.nan,) * 3, nan_ok=True)
     assert over_seeds([0.83, 0.958]) == pytest.approx((0.894, math.nan, math.nan), nan_ok=True)
 
 
@@ -116,6 +124,88 @@ def test_metrics_of_a_run(tmp_path):
     assert "fipo/active_fraction" not in metrics
 
 
+def add_evaluations(run, problems, **metrics):
+    """Rows as the evaluation callback logs them, at the given updates."""
+    for name, curve in metrics.items():
+        for update, value in curve.items():
+            run.history.append({"step": update, f"eval_{problems}/{name.replace('__', '@')}": value})
+
+
+def test_area_under_a_curve():
+    # Trapezoids of 10 x 0.5 and 20 x 0.75 over a span of 30
+    assert area({0: 0.0, 30: 0.5, 10: 1.0}) == pytest.approx(20 / 30)
+    assert area({4: 0.25, 8: 0.25}) == 0.25
+
+
+def test_held_out_accuracy_over_training(tmp_path):
+    run = make_run(tmp_path / "run", [0.5] * 4)
+    add_evaluations(run, "data", avg__4={0: 0.0, 16: 0.5, 32: 1.0}, mean_length={0: 8.0, 32: 12.123456})
+    curves = {"avg@4": {0: 0.0, 16: 0.5, 32: 1.0}, "mean_length": {0: 8.0, 32: 12.12346}}
+    assert curves_of(run) == curves
+    metrics = metrics_of(run)
+    assert (metrics["avg@4"], metrics["auc_avg@4"], metrics["mean_length"]) == (1.0, 0.5, 12.12346)
+    add_evaluations(run, "more", avg__4={0: 0.25, 32: 0.75})
+    assert curves_of(run).keys() == {"data: avg@4", "data: mean_length", "more: avg@4"}
+    assert metrics_of(run)["more: auc_avg@4"] == 0.5
+
+    # What `fipo-trl evaluate` found of the last weights takes the place of the last evaluation in training
+    problems = Dataset.from_dict({"prompt": ["a3="], "solution": ["3"]})
+    sample = {"completion": "A:3", "answer": "3", "correct": True, "length": 3, "truncated": False}
+    write_results(tmp_path, {"n": 1, "has_answers": True}, problems, [[sample]])
+    metrics = metrics_of(run, [tmp_path])
+    assert (metrics["avg@1"], metrics["mean_length"]) == (1.0, 3)
+    assert "data: avg@4" not in metrics
+    assert metrics["data: auc_avg@4"] == 0.5
+
+
+def test_paired_t_test():
+    # t = 3 / sqrt(2.5 / 5), 4 degrees of freedom: F(t) = 1/2 + 3/8 u (1 - u^2 / 12), u = t / sqrt(1 + t^2 / 4)
+    u = math.sqrt(18 / 5.5)
+    assert paired_t_test([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 * (0.5 - 3 / 8 * u * (1 - u**2 / 12)))
+    assert paired_t_test([-1.0, -2.0, -3.0, -4.0, -5.0]) == paired_t_test([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert paired_t_test([1.0, -1.0, 0.0]) == 1.0
+    assert paired_t_test([0.25, 0.25, 0.25]) == 0.0
+    assert math.isnan(paired_t_test([0.1, 0.2]))
+    assert math.isnan(paired_t_test([0.1, 0.2, math.nan]))
+
+
+def test_holms_correction():
+    # By hand: 0.005 x 4; 0.01 x 3; 0.03 x 2; 0.04 x 1 is below the one before it
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.4, 0.6]) == [0.8, 0.8]
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([0.01, math.nan, 0.02]) == pytest.approx([0.03, math.nan, 0.04], nan_ok=True)
+    assert holm([]) == []
+
+
+def test_endpoints_are_tested_together(tmp_path):
+    control = {seed: {"avg@8": 0.5, "mean_length": 60.0} for seed in range(1, 6)}
+    better = {seed: {"avg@8": 0.5 + seed / 100, "mean_length": 60.0} for seed in range(1, 6)}
+    few = {seed: {"avg@8": 0.6, "mean_length": 60.0} for seed in (1, 2)}
+    runs = {"DAPO": control, "better": better, "few": few, "none": {}}
+    tested = compare_endpoints(runs, ("avg@8", "mean_length"))
+    assert tested.keys() == {"better", "few", "none"}
+    p = paired_t_test([0.01, 0.02, 0.03, 0.04, 0.05])
+    assert tested["better"]["avg@8"] == pytest.approx((5, p, 6 * p))  # 3 arms x 2 endpoints, also those to come
+    assert tested["better"]["mean_length"] == (5, 1.0, 1.0)
+    assert tested["few"]["avg@8"] == pytest.approx((2, math.nan, math.nan), nan_ok=True)
+    assert tested["none"]["avg@8"].seeds == 0
+    compared = compare({arm: seeds for arm, seeds in runs.items() if seeds})
+    assert endpoint_table(compared, tested).splitlines() == [
+        "| endpoint | arm | minus DAPO | seeds | p | p, Holm |",
+        "|---|---|---|---|---|---|",
+        "| avg@8, % | better | +3.0 [+1.0, +5.0] | 5 | 0.0132 | 0.0794 |",
+        "| avg@8, % | few | +10.0 | 2 | - | - |",
+        "| avg@8, % | none | - | 0 | - | - |",
+        "| mean length, tokens | better | +0.0 [+0.0, +0.0] | 5 | 1.0000 | 1.0000 |",
+        "| mean length, tokens | few | +0.0 | 2 | - | - |",
+        "| mean length, tokens | none | - | 0 | - | - |",
+    ]
+    curves = {"DAPO": {seed: {"avg@8": {0: 0.1, 8: seed / 10}} for seed in (1, 2, 3)}, "few": {1: {"avg@8": {0: 0.1}}}}
+    draw_curves(curves, tmp_path / "held_out.png")
+    assert Image.open(tmp_path / "held_out.png").width > 400
+
+
 def test_tables_and_figure(tmp_path):
     control = {seed: {"avg@32": 0.9, "mean_length": 60.0 + seed} for seed in (1, 2, 3)}
     arm = {seed: {"avg@32": 0.9, "mean_length": 62.0 + 2 * seed, "fipo/active_fraction": 0.5} for seed in (1, 2, 3)}
@@ -160,7 +250,7 @@ def test_what_a_run_did_not_log_is_left_out(tmp_path):
     run = make_run(tmp_path / "run", [0.5] * 4)
     for row in run.rows:
         del row["reward"], row["grad_norm"], row["step_time"]
-    assert metrics_of(run) == {"alarms": 0.0}
+    assert metrics_of(run) == {"updates": 32.0, "alarms": 0.0}
     # And so is what not every run of an arm logged
     compared = compare({"A": {1: {"reward": 0.5, "entropy": 1.0}, 2: {"reward": 0.7}}, "B": {2: {"entropy": 1.0}}})
     assert compared["A"]["mean"].keys() == {"reward"}
