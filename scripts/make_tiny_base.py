@@ -100,6 +100,7 @@ def of_calibrated_study() -> Base:
         Phase("checks", 400, (1, 8), 0.18, {4: 1.0}),
         Phase("longer checks", 300, (1, digits[1]), 0.09, {4: 1.0}, 32, 3e-3),
         Phase("mixture", 400, digits, 0.09, {1: 0.50, 3: 0.32, 4: 0.18}, 32, 3e-3),
+        Phase("more slips", 150, digits, 0.25, {1: 0.50, 3: 0.32, 4: 0.18}, 32, 3e-3),
     )
     # The teacher's longest answer has 382 tokens with its prompt
     return Base(of.ALPHABET, 400, of.worked_answer, of.KINDS, of.kind_of_answer, digits, phases)

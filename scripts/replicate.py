@@ -1,4 +1,4 @@
-"""Three comparisons whose results are in recipes/: what `fipo-trl compare` does, with their arms.
+"""Comparisons whose results are in recipes/: what `fipo-trl compare` does, with their arms.
 
     python scripts/replicate.py --study tiny --jobs 2
     python scripts/replicate.py --study tiny --seeds 1 --arms DAPO "FIPO [1.0, 1.2]"
@@ -28,6 +28,9 @@ SKIP = [*("--config", "recipes/tiny/fipo_dynamic.yaml"), *("--dataset_name", "re
 SKIP += ["--max_steps", "640"]
 # As in the paper's ablations, which are of its 7B run: they vary FIPO with the bounds [0.8, 1.2]
 WIDE = [*TINY, "--influence_weight_min", "0.8"]
+# Their weights are in the study's controls
+CALIBRATED = ["--config", "recipes/calibrated/fipo.yaml"]
+CONTROLS = "recipes.calibrated.controls."
 STUDIES = {
     "tiny": Study(
         arms={
@@ -53,6 +56,28 @@ STUDIES = {
         ],
         seeds=range(1, 6),
         differences=("prompts_sampled", "avg@32", "mean_length", "seconds"),
+    ),
+    "calibrated": Study(
+        arms={
+            "DAPO": [*CALIBRATED, "--trainer", "dapo"],
+            "FIPO [1.0, 1.2]": [*CALIBRATED, "--influence_weight_min", "1.0"],
+            "FIPO [0.8, 1.2]": CALIBRATED,
+            "half-life 6": [*CALIBRATED, "--future_kl_half_life", "6"],
+            "shuffled weights": [*CALIBRATED, "--trainer", f"{CONTROLS}ShuffledWeightsTrainer"],
+            "constant weight": [*CALIBRATED, "--trainer", f"{CONTROLS}ConstantWeightTrainer"],
+            "oracle [0.8, 1.2]": [*CALIBRATED, "--trainer", f"{CONTROLS}OracleTrainer"],
+            "oracle [0.1, 3.0]": [
+                *(*CALIBRATED, "--trainer", f"{CONTROLS}OracleTrainer"),
+                *("--influence_weight_min", "0.1", "--influence_weight_max", "3.0"),
+            ],
+        },
+        evaluation=[
+            *("--dataset", "recipes/calibrated/data", "--reward", "recipes.tiny.running_sums.exact_answer"),
+            *("--n", "4", "--max_tokens", "352", "--top_p", "1.0"),
+        ],
+        seeds=range(1, 17),
+        differences=("reward", "avg@4", "mean_length"),
+        endpoints=("reward", "avg@4", "mean_length"),
     ),
     "smollm": Study(
         arms={

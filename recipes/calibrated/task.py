@@ -13,13 +13,14 @@ import re
 from random import Random
 
 from recipes.tiny.running_sums import ALPHABET as TINY_ALPHABET
-from recipes.tiny.running_sums import CARE, MODULUS, correct_answer
+from recipes.tiny.running_sums import MODULUS, correct_answer
 
 
 MARKS = ":=>"
 ENDS = " ,"
 ALPHABET = TINY_ALPHABET + ">,"
 KINDS = ("one chain", "a check", "several checks")  # of answers, shortest first
+CARE = 1 / 2  # each walk of the teacher slips this many times as often as the walk before it
 
 _STEP = re.compile(r"([a-z])([0-4])[:=>]([0-4])[ ,]")
 
