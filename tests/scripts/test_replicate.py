@@ -125,6 +125,8 @@ def test_skip_study_is_what_its_issue_asks_for():
     [
         (["--arms", "FIPO"], "--arms: there is no 'FIPO' in this study, only DAPO, FIPO [1.0, 1.2]"),
         (["--jobs", "0"], "--jobs=0 must be at least 1"),
+        (["--summarise"], "No run of DAPO, with which all others are compared, is finished in "),
+        (["--merge", "recipes/tiny/none.json"], "recipes/tiny/none.json cannot be read: "),
     ],
 )
 def test_refused(monkeypatch, tmp_path, arguments, message):
@@ -133,6 +135,19 @@ def test_refused(monkeypatch, tmp_path, arguments, message):
         replicate.main()
     assert message in stopped.value.code
     assert list(tmp_path.iterdir()) == []
+
+
+def test_merging_is_not_running(monkeypatch, tmp_path, capsys):
+    """All that is printed and written is made of results.json. What merging is: tests/analysis."""
+    run = {"avg@32": 0.5, "updates": 240}
+    arm = {"train": [], "recipe_sha256": "0123", "runs": {"1": run}, "curves": {"1": {"avg@32": {"0": 0.25}}}}
+    part = {"study": "tiny", "versions": {}, "evaluate": [], "arms": {"DAPO": arm}}
+    (tmp_path / "part.json").write_text(json.dumps(part))
+    arguments = ["--study", "tiny", "--merge", str(tmp_path / "part.json"), "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["replicate.py", *arguments])
+    replicate.main()
+    assert "| avg@32, % | 50.0 |" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out/tiny").iterdir()} == {"results.json", "tables.md", "held_out.png"}
 
 
 def test_failed_run_ends_the_study_with_its_output(tmp_path):
