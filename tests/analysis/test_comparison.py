@@ -132,8 +132,8 @@ def add_evaluations(run, problems, **metrics):
 
 
 def test_area_under_a_curve():
-    # Trapezoids of 10 x 0.5 and 20 x 0.75 over a span of 30
-    assert area({0: 0.0, 30: 0.5, 10: 1.0}) == pytest.approx(20 / 30)
+    # Trapezoids of 10 x 0.25 and 20 x 0.75 over a span of 30
+    assert area({0: 0.0, 30: 1.0, 10: 0.5}) == pytest.approx(17.5 / 30)
     assert area({4: 0.25, 8: 0.25}) == 0.25
 
 
