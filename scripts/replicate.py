@@ -65,11 +65,7 @@ STUDIES = {
             "half-life 6": [*CALIBRATED, "--future_kl_half_life", "6"],
             "shuffled weights": [*CALIBRATED, "--trainer", f"{CONTROLS}ShuffledWeightsTrainer"],
             "constant weight": [*CALIBRATED, "--trainer", f"{CONTROLS}ConstantWeightTrainer"],
-            "oracle [0.8, 1.2]": [*CALIBRATED, "--trainer", f"{CONTROLS}OracleTrainer"],
-            "oracle [0.1, 3.0]": [
-                *(*CALIBRATED, "--trainer", f"{CONTROLS}OracleTrainer"),
-                *("--influence_weight_min", "0.1", "--influence_weight_max", "3.0"),
-            ],
+            "oracle": [*CALIBRATED, "--trainer", f"{CONTROLS}OracleTrainer"],
         },
         evaluation=[
             *("--dataset", "recipes/calibrated/data", "--reward", "recipes.tiny.running_sums.exact_answer"),

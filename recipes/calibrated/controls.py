@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fipo_trl import FIPOTrainer
 from fipo_trl.objective.influence import InfluenceWeights
+from recipes.calibrated.task import decisive_tokens
 
 
 class ControlTrainer(FIPOTrainer):
@@ -73,16 +74,12 @@ class OracleTrainer(ControlTrainer):
     For tokenizers of which each token is one character, or none, as `<eos>`.
     """
 
+    decisive_tokens = staticmethod(decisive_tokens)
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         self._characters = [self._tokenizer.decode([token], **options) for token in range(len(self._tokenizer))]
-
-    def decisive_tokens(self, prompt: str, completion: str) -> list[bool]:
-        """Whether the task knows it to be decisive, of each character of a completion."""
-        from recipes.calibrated.task import decisive_tokens
-
-        return decisive_tokens(prompt, completion)
 
     def _control(self, weights: Tensor, scored: Tensor) -> Tensor:
         inputs, args = self._loss_scope.inputs, self.args
