@@ -70,9 +70,12 @@ def train(trainer: "DAPOTrainer", recipe: Recipe, checkpoint: str | None) -> int
 
 
 def gather_last_save(trainer: "DAPOTrainer"):
-    """With `SHARDED_STATE_DICT` only checkpoints have weights, as shards. The last model is for `from_pretrained`."""
+    """The last model is for `from_pretrained`, also where checkpoints have weights as shards only: with FSDP's
+    `SHARDED_STATE_DICT`, and with ZeRO-3's `zero3_save_16bit_model: false`."""
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    elif trainer.is_deepspeed_enabled:
+        trainer.deepspeed._config.zero_config.gather_16bit_weights_on_model_save = True
 
 
 def prepare(arguments: list[str]) -> tuple[Recipe, "DAPOTrainer", str | None]:

@@ -153,6 +153,19 @@ def test_more_processes_are_refused_by_deepspeed(ranks, saved):
 # The command itself
 
 
+def test_command_under_zero3_ends_with_a_whole_model(ranks, tmp_path):
+    """Where its checkpoints have shards only."""
+    arguments = ["--config", "recipes/tiny/fipo.yaml", "--per_device_train_batch_size", "8", "--max_steps", "8"]
+    arguments += ["--save_steps", "8", "--max_completion_length", "16", "--output_dir", str(tmp_path)]
+    launch = (*ZERO3, "--zero3_save_16bit_model", "false")
+    ended = ranks.run("train_on_ranks:command", arguments, launch=launch)
+    assert [each["status"] for each in ended] == [0, 0]
+    assert not (tmp_path / "checkpoint-8" / "model.safetensors").exists()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained("recipes/tiny/base")
+    assert 0 < distance(dict(model.named_parameters()), dict(base.named_parameters())) < 0.5
+
+
 def test_command_under_fsdp2_killed_and_resumed(ranks, tmp_path):
     """Through `accelerate launch`, with sharded checkpoints. The last save is a model that from_pretrained loads."""
     arguments = ["--config", "recipes/tiny/fipo.yaml", "--per_device_train_batch_size", "8", *REWARD]
