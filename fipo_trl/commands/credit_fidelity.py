@@ -115,6 +115,13 @@ def run(options: argparse.Namespace, flags: list[str]):
             "No answer of these traces has an advantage: their prompts were answered all right or all wrong. Give "
             "--step of other traces, or train with dynamic_sampling."
         )
+    chosen = [places for trace in traces for places in trace.positions.values()]
+    tokens, continuations = sum(map(len, chosen)), sum(len(trace.states) for trace in traces) * options.samples
+    print(
+        f"{len(chosen)} answers with an advantage in {len(traces)} traces; {tokens} of their tokens, "
+        f"{continuations:,} continuations.",
+        flush=True,
+    )
     answers = credit_of(traces, options.output_dir)
     write_tokens(answers, options.output_dir)
     results = {part: fidelity(members) for part, members in parts_of(answers, options.parts).items()}

@@ -337,6 +337,22 @@ def test_answers_without_advantage_are_left_out(folder, tmp_path):
                 main(call)
 
 
+def test_a_trace_without_advantage_needs_no_weights(folder, tmp_path, capsys):
+    """Beside one with: what is sampled is counted before it is."""
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    shutil.copytree(run / "checkpoint-8", run / "checkpoint-16")
+    (run / "checkpoint-16/model.safetensors").unlink()
+    rows = trace_rows(advantages=[0.0] * len(ANSWERS))
+    write_trace(run, 24, rows, SETTINGS | {"step": 24, "generation": 3})
+    main([*words(folder), "--run", str(run)])
+    assert capsys.readouterr().out.startswith(
+        "4 answers with an advantage in 2 traces; 18 of their tokens, 14,400 continuations.\n"
+    )
+    assert json.loads((run / "credit_fidelity/credit_fidelity.json").read_text())["steps"] == [16, 24]
+    assert not (run / "credit_fidelity/step_000024").exists()
+
+
 # Statistics
 
 

@@ -132,7 +132,7 @@ def test_answers_that_have_ended_leave_the_batch(make, gives_state):
 def test_prompts_that_share_all_but_the_last_token_are_read_once(make, gives_state):
     model = make_random(make)
     short, long = (torch.randint(2, 40, (length,)).tolist() for length in (4, 9))
-    prompts = [[*short, 7], [*long, 8], [*short, 9], [*short, 7], [*long, 8], [*short, 10]]
+    prompts = [[*short, 7], [*long, 8], [*short, 9], [*short, 7], [*short, 10], [*long, 8]]
     answers, passes = likeliest(model, prompts, [1, 5], max_tokens=20)
     assert passes[:2] == [(2, 9), (6, 1 if gives_state else 10)]
     assert len({tuple(answer) for answer in answers}) == 4
