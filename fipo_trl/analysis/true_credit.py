@@ -493,10 +493,8 @@ def finish(
         os.replace(unfinished, path)
     choices = {int(row): [Choice(*each) for each in of_row] for row, of_row in json.loads(path.read_text()).items()}
     if len(done) < len(trace.states):
-        if trace.settings.backend == "vllm":
-            policy = None  # makes room
-        else:
-            policy = policy or trace.model.load(trace.settings.dtype).eval()
+        # vLLM loads its own, and needs the room
+        policy = None if trace.settings.backend == "vllm" else policy or trace.model.load(trace.settings.dtype).eval()
         for samples in trace.sample(trace.sampler(policy, folder), choices, done):
             append(file, samples)
             done |= samples

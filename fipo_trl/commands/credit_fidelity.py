@@ -118,8 +118,8 @@ def run(options: argparse.Namespace, flags: list[str]):
     chosen = [places for trace in traces for places in trace.positions.values()]
     tokens, continuations = sum(map(len, chosen)), sum(len(trace.states) for trace in traces) * options.samples
     print(
-        f"{len(chosen)} answers with an advantage in {len(traces)} traces; {tokens} of their tokens, "
-        f"{continuations:,} continuations.",
+        f"Traces: {len(traces)}. Answers with an advantage: {len(chosen)}. Tokens: {tokens}. "
+        f"Continuations: {continuations:,}.",
         flush=True,
     )
     answers = credit_of(traces, options.output_dir)
