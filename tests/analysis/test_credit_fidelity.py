@@ -240,6 +240,11 @@ def test_correlations_of_a_run(folder):
         assert of["shuffled_future_kl"] < 0.8
         assert groups["all"]["ceiling"][kind] > 0.9
     assert groups["all"]["mean_error"] < 0.05
+    tokens = pq.read_table(folder / "run/credit_fidelity/tokens.parquet").to_pandas()
+    longer = [each for _, each in tokens.groupby("row") if len(each) > 3]
+    by_position = [spearmanr(each.position, each.credit).statistic for each in longer]
+    found = groups["all"]["correlations"]["position"]["credit"]["within"][0]
+    assert found == pytest.approx(np.mean(by_position))
 
 
 def test_what_is_done_is_not_done_again(folder, tmp_path):
