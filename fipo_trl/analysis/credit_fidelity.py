@@ -30,8 +30,8 @@ from fipo_trl.evaluation.statistics import Interval
 RESAMPLES = 1000
 MIN_TOKENS = 4  # of an answer that has a correlation of its own
 MIN_ANSWERS = 3  # whose correlations have an interval: one answer, resampled, is always itself
-# What might tell a token's credit, and its title. The log-ratio alone is Future-KL without a future. F is a sum over the
-# tokens that follow, so it changes with the position, which alone may tell the credit where answers share a form
+# What might tell a token's credit, and its title. The log-ratio alone is Future-KL without a future. F is a sum over
+# the tokens that follow, so it changes with the position, which alone may tell the credit where answers share a form
 SIGNALS = {
     "future_kl": "Future-KL F",
     "weight": "weight f",
