@@ -29,7 +29,9 @@ from fipo_trl.evaluation.statistics import Interval
 
 RESAMPLES = 1000
 MIN_TOKENS = 4  # of an answer that has a correlation of its own
-# What might tell a token's credit, and its title. The log-ratio alone is Future-KL without a future
+MIN_ANSWERS = 3  # whose correlations have an interval: one answer, resampled, is always itself
+# What might tell a token's credit, and its title. The log-ratio alone is Future-KL without a future. F is a sum over
+# the tokens that follow, so it changes with the position, which alone may tell the credit where answers share a form
 SIGNALS = {
     "future_kl": "Future-KL F",
     "weight": "weight f",
@@ -37,6 +39,7 @@ SIGNALS = {
     "log_ratio": "log-ratio d",
     "abs_log_ratio": "size of d",
     "entropy": "entropy",
+    "position": "position",
     "shuffled_future_kl": "F, shuffled",
 }
 TARGETS = ("credit", "size")
@@ -94,6 +97,7 @@ def columns_of(answer: Answer) -> dict[str, np.ndarray]:
     return {
         **answer.signals,
         "abs_log_ratio": np.abs(answer.signals["log_ratio"]),
+        "position": answer.positions.astype(np.float64),
         "credit": answer.credit,
         "size": first * second,
         "first half": first,
@@ -104,7 +108,8 @@ def columns_of(answer: Answer) -> dict[str, np.ndarray]:
 def correlations(answers: Sequence[Answer], pairs: Sequence[tuple[str, str]], seed: int = 0) -> list[Pair]:
     """Rank correlations of pairs of [`columns_of`] some answers, with intervals; all see the same resamples.
 
-    What cannot be told, such as the correlation with something that is the same everywhere, is nan.
+    What cannot be told, such as the correlation with something that is the same everywhere, is nan. So are the ends of
+    an interval over fewer than `MIN_ANSWERS`.
     """
     nothing = Pair(*[Interval(math.nan, math.nan, math.nan)] * 2)
     if not answers:
@@ -118,6 +123,7 @@ def correlations(answers: Sequence[Answer], pairs: Sequence[tuple[str, str]], se
             for x, y in pairs
         ]
     )  # (pairs, answers)
+    told = ~np.isnan(within)
     names = sorted({name for pair in pairs for name in pair})
     ranks = {name: Ranks(np.concatenate([of[name] for of in columns])) for name in names}
     generator = np.random.default_rng(seed)
@@ -127,12 +133,13 @@ def correlations(answers: Sequence[Answer], pairs: Sequence[tuple[str, str]], se
         times = generator.multinomial(len(answers), equal) if resample else np.ones(len(answers), dtype=int)
         of_tokens = np.repeat(times, counts).astype(np.float64)
         ranked = {name: of(of_tokens) for name, of in ranks.items()}
-        told = ~np.isnan(within)
         mean = np.where(told, within, 0.0) @ times / np.where(told @ times == 0, math.nan, told @ times)
         values.append([mean, [correlation(ranked[x], ranked[y], of_tokens) for x, y in pairs]])
     table = np.array(values)  # (resamples + 1, 2, pairs)
     with np.errstate(all="ignore"):
         low, high = (quantile(table[1:], q) for q in (0.025, 0.975))
+    answers_of = np.stack([told.sum(axis=1), np.full(len(pairs), len(answers))])  # (2, pairs)
+    low[answers_of < MIN_ANSWERS] = high[answers_of < MIN_ANSWERS] = math.nan
     return [
         Pair(*(Interval(float(table[0, kind, i]), float(low[kind, i]), float(high[kind, i])) for kind in (0, 1)))
         for i in range(len(pairs))
@@ -197,7 +204,9 @@ def parts_of(answers: Sequence[Answer], parts: int) -> dict[str, list[Answer]]:
 
 def cell(values: Sequence[float]) -> str:
     value, low, high = values
-    return "-" if math.isnan(value) else f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+    if math.isnan(value):
+        return "-"
+    return f"{value:+.2f}" if math.isnan(low) else f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def tables(results: dict[str, dict], target: str) -> str:

@@ -452,7 +452,9 @@ def policy_of(run: Path, settings: dict, base: str | None) -> str:
 
 
 def credit_of(traces: Sequence[Trace], output_dir: Path) -> list[Answer]:
-    """Sample what is not there yet in `output_dir/step_UPDATE`, with a progress bar for each trace.
+    """Sample what is not there yet in `output_dir/step_UPDATE`, with a progress bar over all traces.
+
+    Traces of which no answer has an advantage have no states, and need no policy.
 
     Raises:
         ValueError: if results there are of other settings or in use, or memory does not hold a batch.
@@ -460,7 +462,7 @@ def credit_of(traces: Sequence[Trace], output_dir: Path) -> list[Answer]:
     answers = []
     with ExitStack() as files:
         opened = []
-        for trace in traces:
+        for trace in [trace for trace in traces if trace.states]:
             written = json.loads(json.dumps(trace.recorded()))
             done, file = open_results(output_dir / trace.name, written)
             opened.append((trace, done, files.enter_context(file)))
@@ -470,14 +472,19 @@ def credit_of(traces: Sequence[Trace], output_dir: Path) -> list[Answer]:
                 f"vLLM holds one policy per process, and {len(waiting)} traces are to be sampled. Give --step "
                 f"{waiting[0].step} first, then the others one by one; with all of them given, what is done is read."
             )
-        for trace, done, file in opened:
-            answers += trace.answers(*finish(trace, done, file, output_dir / trace.name))
+        total, there = sum(len(trace.states) for trace in traces), sum(len(done) for _, done, _ in opened)
+        with tqdm(total=total, initial=there, unit="state", disable=None) as bar:
+            for trace, done, file in opened:
+                bar.set_description(trace.name)
+                answers += trace.answers(*finish(trace, done, file, output_dir / trace.name, bar))
     return answers
 
 
-def finish(trace: Trace, done: dict[int, list[dict]], file: BinaryIO, folder: Path) -> tuple[dict, dict]:
+def finish(
+    trace: Trace, done: dict[int, list[dict]], file: BinaryIO, folder: Path, bar: tqdm
+) -> tuple[dict[int, list[dict]], dict[int, list[Choice]]]:
     """Sample what a trace lacks; its samples and choices. The policy is loaded only if something is lacking."""
-    path, total = folder / "choices.json", len(trace.states)
+    path = folder / "choices.json"
     policy = None
     if not path.exists() or not done:
         policy = trace.model.load(trace.settings.dtype).eval()
@@ -485,16 +492,13 @@ def finish(trace: Trace, done: dict[int, list[dict]], file: BinaryIO, folder: Pa
         unfinished.write_text(json.dumps(trace.choices(policy)))
         os.replace(unfinished, path)
     choices = {int(row): [Choice(*each) for each in of_row] for row, of_row in json.loads(path.read_text()).items()}
-    with tqdm(total=total, initial=len(done), desc=trace.name, unit="state", disable=None) as bar:
-        if len(done) < total:
-            if trace.settings.backend == "vllm":
-                policy = None  # makes room
-            else:
-                policy = policy or trace.model.load(trace.settings.dtype).eval()
-            for samples in trace.sample(trace.sampler(policy, folder), choices, done):
-                append(file, samples)
-                done |= samples
-                bar.update(len(samples))
+    if len(done) < len(trace.states):
+        # vLLM loads its own, and needs the room
+        policy = None if trace.settings.backend == "vllm" else policy or trace.model.load(trace.settings.dtype).eval()
+        for samples in trace.sample(trace.sampler(policy, folder), choices, done):
+            append(file, samples)
+            done |= samples
+            bar.update(len(samples))
     return done, choices
 
 

@@ -7,7 +7,6 @@ import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
 
 import datasets
 import transformers
@@ -15,7 +14,7 @@ import transformers
 from fipo_trl.analysis.credit_fidelity import TARGETS, draw, fidelity, noise, parts_of, tables
 from fipo_trl.analysis.token_credit_page import CREDIT_FOLDER
 from fipo_trl.analysis.true_credit import CreditSettings, Task, Trace, credit_of, policy_of, write_tokens
-from fipo_trl.commands.status import INTERRUPTED
+from fipo_trl.commands.status import INTERRUPTED, refuse
 from fipo_trl.evaluation.evaluate import versions_of
 from fipo_trl.recipe.validate import read_and_validate
 from fipo_trl.trainer.token_credit import read_trace, traced_steps
@@ -32,10 +31,6 @@ The policy is the checkpoint at the start of the trace's generation, so that mus
 a generation. Give the recipe and the flags of the run: they say what is rewarded, and how answers are sampled. Samples
 are on disk, batch by batch: the same command, given again after it was killed, goes on from them.
 """
-
-
-def refuse(message: str) -> NoReturn:
-    raise ValueError(message)
 
 
 def read_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -120,6 +115,13 @@ def run(options: argparse.Namespace, flags: list[str]):
             "No answer of these traces has an advantage: their prompts were answered all right or all wrong. Give "
             "--step of other traces, or train with dynamic_sampling."
         )
+    chosen = [places for trace in traces for places in trace.positions.values()]
+    tokens, continuations = sum(map(len, chosen)), sum(len(trace.states) for trace in traces) * options.samples
+    print(
+        f"Traces: {len(traces)}. Answers with an advantage: {len(chosen)}. Tokens: {tokens}. "
+        f"Continuations: {continuations:,}.",
+        flush=True,
+    )
     answers = credit_of(traces, options.output_dir)
     write_tokens(answers, options.output_dir)
     results = {part: fidelity(members) for part, members in parts_of(answers, options.parts).items()}

@@ -5,13 +5,13 @@ import importlib.util
 import logging
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import datasets
 import transformers
 from transformers import PretrainedConfig
 
-from fipo_trl.commands.status import INTERRUPTED
+from fipo_trl.commands.status import INTERRUPTED, refuse
 from fipo_trl.data.reasoning_gym import is_task
 from fipo_trl.data.sources import AIME
 from fipo_trl.evaluation.evaluate import EvaluationSettings, evaluate, versions_of
@@ -38,10 +38,6 @@ the FIPO paper. Answers are on disk, batch by batch: the same command, given aga
 goes on from them, and ends with the same results. They are in OUTPUT_DIR/DATASET: summary.json, completions.parquet,
 and samples.jsonl, of which both are made.
 """
-
-
-def refuse(message: str) -> NoReturn:
-    raise ValueError(message)
 
 
 def read_options(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""How a training ends, for who started it."""
+"""How a command ends, for who started it."""
 
 import os
 import sys
@@ -19,6 +19,15 @@ def end(status: int) -> NoReturn:
                 file.write(str(status))
         status = 0
     sys.exit(status)
+
+
+def refuse(message: str) -> NoReturn:
+    """Raise what a command prints as one line. As `ArgumentParser.error` it leaves out the usage.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(message)
 
 
 def is_first_of_machine() -> bool:

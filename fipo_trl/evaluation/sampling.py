@@ -52,7 +52,8 @@ def transformers_sampler(
 ) -> Sampler:
     """Answers all prompts of a call in one batch, from a random state that the seed of its first prompt makes.
 
-    Long answers do not keep short ones in the batch: it shrinks when a part of them has ended.
+    Long answers do not keep short ones in the batch: it shrinks when a part of them has ended. Prompts that are alike,
+    or differ in their last token only, are read once but for that token.
 
     Args:
         policy: A causal language model of transformers or PEFT, in evaluation mode, on its device.
@@ -85,6 +86,21 @@ def transformers_sampler(
         """Without the padding."""
         return next((ids[: place + 1] for place, token in enumerate(ids) if token in end_ids), ids)
 
+    def read_once(ids, mask):
+        """What the model keeps of the prompts (B, T) but for their last tokens; `None` if no two share it."""
+        if not mask[:, :-1].any(dim=1).all():  # one has no other token
+            return None
+        prompts, which = torch.stack([ids[:, :-1], mask[:, :-1]]).unique(dim=1, return_inverse=True)
+        if prompts.shape[1] == len(ids):
+            return None
+        generation.max_length = ids.shape[1]  # a token more, which is not used
+        output = policy.generate(
+            input_ids=prompts[0], attention_mask=prompts[1], past_key_values=None, generation_config=generation
+        )
+        if (cache := output.past_key_values) is not None:
+            cache.reorder_cache(which)
+        return cache
+
     @torch.no_grad()
     def sample(prompts, seeds, limits=None):
         limits = limits or [max_tokens] * len(prompts)
@@ -94,12 +110,13 @@ def transformers_sampler(
         for row, prompt in enumerate(prompts):  # padded on the left
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
-        ids, mask, cache = ids.to(policy.device), mask.to(policy.device), None
-        generation.max_length = longest + max(limits)
+        ids, mask = ids.to(policy.device), mask.to(policy.device)
         answers: list[list[int]] = [[] for _ in prompts]
         running = list(range(len(prompts)))  # which answers the rows of the batch are
-        torch.manual_seed(seeds[0])
         try:
+            cache = read_once(ids, mask)
+            generation.max_length = longest + max(limits)
+            torch.manual_seed(seeds[0])
             while running:
                 output = policy.generate(
                     input_ids=ids,

@@ -26,6 +26,7 @@ from fipo_trl.analysis.credit_fidelity import (
     WHOLE,
     Ranks,
     ceiling,
+    cell,
     correlation,
     correlations,
     parts_of,
@@ -239,6 +240,11 @@ def test_correlations_of_a_run(folder):
         assert of["shuffled_future_kl"] < 0.8
         assert groups["all"]["ceiling"][kind] > 0.9
     assert groups["all"]["mean_error"] < 0.05
+    tokens = pq.read_table(folder / "run/credit_fidelity/tokens.parquet").to_pandas()
+    longer = [each for _, each in tokens.groupby("row") if len(each) > 3]
+    by_position = [spearmanr(each.position, each.credit).statistic for each in longer]
+    found = groups["all"]["correlations"]["position"]["credit"]["within"][0]
+    assert found == pytest.approx(np.mean(by_position))
 
 
 def test_what_is_done_is_not_done_again(folder, tmp_path):
@@ -337,6 +343,22 @@ def test_answers_without_advantage_are_left_out(folder, tmp_path):
                 main(call)
 
 
+def test_a_trace_without_advantage_needs_no_weights(folder, tmp_path, capsys):
+    """Beside one with: what is sampled is counted before it is."""
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    shutil.copytree(run / "checkpoint-8", run / "checkpoint-16")
+    (run / "checkpoint-16/model.safetensors").unlink()
+    rows = trace_rows(advantages=[0.0] * len(ANSWERS))
+    write_trace(run, 24, rows, SETTINGS | {"step": 24, "generation": 3})
+    main([*words(folder), "--run", str(run)])
+    assert capsys.readouterr().out.startswith(
+        "Traces: 2. Answers with an advantage: 4. Tokens: 18. Continuations: 14,400.\n"
+    )
+    assert json.loads((run / "credit_fidelity/credit_fidelity.json").read_text())["steps"] == [16, 24]
+    assert not (run / "credit_fidelity/step_000024").exists()
+
+
 # Statistics
 
 
@@ -422,6 +444,20 @@ def test_intervals_are_those_of_answers():
         assert ten[kind] == pytest.approx(one[kind], abs=1e-9)
 
 
+def test_too_few_answers_have_no_interval():
+    """Their value is given alone. Answers without a correlation do not count."""
+    answers = make_answers(4, seed=3, noise=1.0)
+    short = [answer._replace(signals=answer.signals | {"weight": np.ones(len(answer.credit))}) for answer in answers]
+    for members, intervals in ((answers[:2], (0, 0)), (answers[:3], (1, 1)), ([*answers[:2], *short[2:]], (0, 1))):
+        (pair,) = correlations(members, [("weight", "credit")])
+        for interval, there in zip(pair, intervals, strict=True):
+            assert math.isfinite(interval.value)
+            assert math.isnan(interval.low) == math.isnan(interval.high) == (not there)
+            assert ("[" in cell(interval)) == there
+    assert cell((0.25, math.nan, math.nan)) == "+0.25"
+    assert cell((math.nan,) * 3) == "-"
+
+
 def test_parts_have_about_as_many_answers():
     answers = [
         answer
@@ -442,10 +478,11 @@ def test_parts_have_about_as_many_answers():
 
 
 @pytest.mark.slow
-def test_a_run_of_the_tiny_task(tmp_path, monkeypatch, capsys):
-    """Its checkpoints and traces are what is read; the first generation is the base's."""
+@pytest.mark.parametrize("name", ["fipo", "fipo_lora"])
+def test_a_run_of_the_tiny_task(name, tmp_path, monkeypatch, capsys):
+    """Its checkpoints (or adapters) and traces are what is read; the first generation is the base's."""
     monkeypatch.chdir(ROOT)
-    recipe = ["--config", "recipes/tiny/fipo.yaml"]
+    recipe = ["--config", f"recipes/tiny/{name}.yaml"]
     small = ["--token_credit_every", "1", "--save_steps", "8", "--max_steps", "16"]
     own = ["--output_dir", str(tmp_path), "--disable_tqdm", "true", "--seed", "1"]
     build(read_and_validate([*recipe, *small, *own])).train()

@@ -69,8 +69,8 @@ TRANSFORMER = {
 }
 
 
-@pytest.mark.parametrize(
-    ("make", "reads_once"),
+MODELS = pytest.mark.parametrize(
+    ("make", "gives_state"),
     [
         (lambda: MistralForCausalLM(MistralConfig(**TRANSFORMER, sliding_window=6)), True),
         (lambda: Lfm2ForCausalLM(Lfm2Config(**TRANSFORMER, layer_types=["conv", "full_attention"])), True),
@@ -82,26 +82,42 @@ TRANSFORMER = {
     ],
     ids=["sliding window", "convolutions and attention", "state space"],
 )
-def test_answers_that_have_ended_leave_the_batch(make, reads_once):
-    """Whatever the model keeps of the tokens it has read, the other answers go on as they would alone."""
+
+
+def make_random(make):
+    """With weights large enough that answers differ, in float64 so that rounding decides nothing."""
     torch.manual_seed(0)
-    model = make().double().eval()  # so that rounding decides nothing
+    model = make().double().eval()
     for weights in model.parameters():
         if weights.ndim > 1:
             torch.nn.init.normal_(weights, std=0.3)
-    prompts = [torch.randint(2, 40, (length,)).tolist() for length in (3, 9, 5, 7, 12, 4, 6, 8) * 3]
-    end_ids, max_tokens, passes = [1, 5], 40, []
+    return model
+
+
+def likeliest(model, prompts, end_ids, max_tokens):
+    """Answers of a batch, and the shapes (rows, tokens) that the model has read."""
+    passes = []
 
     def watch(model, args, kwargs):
-        passes.append(kwargs["input_ids"].shape)
+        passes.append(tuple(kwargs["input_ids"].shape))
 
     hook = model.register_forward_pre_hook(watch, with_kwargs=True)
-    together = transformers_sampler(model, end_ids, 1.0, 1e-6, max_tokens)(prompts, [0] * len(prompts))
+    answers = transformers_sampler(model, end_ids, 1.0, 1e-6, max_tokens)(prompts, [0] * len(prompts))
     hook.remove()
-    for prompt, answer in zip(prompts, together, strict=True):
+    for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.tensor([prompt])
         output = model.generate(input_ids=ids, do_sample=False, max_new_tokens=max_tokens, eos_token_id=end_ids)
         assert output[0, len(prompt) :].tolist() == answer
+    return answers, passes
+
+
+@MODELS
+def test_answers_that_have_ended_leave_the_batch(make, gives_state):
+    """Whatever the model keeps of the tokens it has read, the other answers go on as they would alone."""
+    model = make_random(make)
+    prompts = [torch.randint(2, 40, (length,)).tolist() for length in (3, 9, 5, 7, 12, 4, 6, 8) * 3]
+    max_tokens = 40
+    together, passes = likeliest(model, prompts, [1, 5], max_tokens)
     lengths = sorted(map(len, together))
     assert lengths[6] < lengths[12] < max_tokens
     # Of the rows computed for each token, more than three in four belong to answers that go on
@@ -109,7 +125,21 @@ def test_answers_that_have_ended_leave_the_batch(make, reads_once):
     for token, (rows, _) in enumerate(passes):
         assert sum(length > token for length in lengths) > 0.75 * rows
     assert passes[0] == (24, 12)
-    assert all(columns == 1 for _, columns in passes[1:]) == reads_once
+    assert all(columns == 1 for _, columns in passes[1:]) == gives_state
+
+
+@MODELS
+def test_prompts_that_share_all_but_the_last_token_are_read_once(make, gives_state):
+    model = make_random(make)
+    short, long = (torch.randint(2, 40, (length,)).tolist() for length in (4, 9))
+    prompts = [[*short, 7], [*long, 8], [*short, 9], [*short, 7], [*short, 10], [*long, 8]]
+    answers, passes = likeliest(model, prompts, [1, 5], max_tokens=20)
+    assert passes[:2] == [(2, 9), (6, 1 if gives_state else 10)]
+    assert len({tuple(answer) for answer in answers}) == 4
+    # Nothing to share: no two are alike, or one has nothing before its last token
+    assert likeliest(model, prompts[:2], [1, 5], max_tokens=20)[1][0] == (2, 10)
+    assert likeliest(model, [[7], *prompts], [1, 5], max_tokens=20)[1][0] == (7, 10)
+    assert likeliest(model, [[7]] * 3, [1, 5], max_tokens=20)[1][0] == (3, 1)
 
 
 def test_answers_have_limits_of_their_own(model, exam):
