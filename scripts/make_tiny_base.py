@@ -1,7 +1,9 @@
-"""Rebuilds the tiny base models and their problems: base/ and data/ of recipes/tiny/, or of recipes/tiny/study/.
+r"""Rebuilds the tiny base models and their problems: base/ and data/ of recipes/tiny/, or of recipes/tiny/study/.
 
     python scripts/make_tiny_base.py
     python scripts/make_tiny_base.py --min_digits 7 --max_digits 9 --output recipes/tiny/study
+    python scripts/make_tiny_base.py --data_only --train_rows 530 --min_digits 3 --max_digits 10 \
+        --output recipes/tiny/skip
 
 The base is a Qwen2 of two layers that has read a teacher's answers to the task of recipes/tiny/running_sums.py. It
 first learns from clean single chains how to add, then from checked chains how to walk again, and last from a mixture
@@ -39,7 +41,7 @@ from recipes.tiny.running_sums import (
 
 
 PAD, EOS = "<pad>", "<eos>"
-TEST_ROWS, TRAIN_ROWS = 200, 2000
+TEST_ROWS = 200
 MAX_TOKENS = 256  # of a prompt and its answer; the teacher's longest is 109, with 9 digits 160
 BATCH_SIZE = 64  # answers per optimizer step
 LEARNING_RATE = 4e-3  # at its peak
@@ -64,10 +66,10 @@ def phases(min_digits: int) -> tuple[Phase, ...]:
     )
 
 
-def write_data(rng: Random, folder: Path, min_digits: int, max_digits: int) -> list[str]:
+def write_data(rng: Random, folder: Path, min_digits: int, max_digits: int, train_rows: int = 2000) -> list[str]:
     """Writes train.jsonl and test.jsonl, with no prompt twice, and returns the prompts of the latter."""
     problems: dict[str, None] = {}  # a set that keeps its order
-    while len(problems) < TEST_ROWS + TRAIN_ROWS:
+    while len(problems) < TEST_ROWS + train_rows:
         problems[make_problem(rng, min_digits, max_digits)] = None
     test, train = list(problems)[:TEST_ROWS], list(problems)[TEST_ROWS:]
     folder.mkdir(parents=True, exist_ok=True)
@@ -190,6 +192,8 @@ def report(samples: list[list[Sample]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("recipes/tiny"), help="folder for base/ and data/")
+    parser.add_argument("--data_only", action="store_true", help="make no base/")
+    parser.add_argument("--train_rows", type=int, default=2000, help="problems of data/train.jsonl (2000)")
     parser.add_argument("--min_digits", type=int, default=4, help="of a problem (4; the study's: 7)")
     parser.add_argument("--max_digits", type=int, default=6, help="of a problem (6; the study's: 9)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the problems and the samples")
@@ -198,7 +202,9 @@ def main() -> None:
     torch.set_num_threads(1)  # the order of additions, and so the bytes, must not depend on the number of cores
     torch.manual_seed(args.seed)
     rng = Random(args.seed)
-    test = write_data(rng, args.output / "data", args.min_digits, args.max_digits)
+    test = write_data(rng, args.output / "data", args.min_digits, args.max_digits, args.train_rows)
+    if args.data_only:
+        return
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     for phase in phases(args.min_digits):
