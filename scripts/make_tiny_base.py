@@ -2,7 +2,7 @@ r"""Rebuilds the tiny base models and their problems: base/ and data/ of recipes
 
     python scripts/make_tiny_base.py
     python scripts/make_tiny_base.py --min_digits 7 --max_digits 9 --output recipes/tiny/study
-    python scripts/make_tiny_base.py --data_only --train_rows 530 --min_digits 3 --max_digits 10 \
+    python scripts/make_tiny_base.py --data_only --train_rows 530 --min_digits 3 --max_digits 12 \
         --output recipes/tiny/skip
 
 The base is a Qwen2 of two layers that has read a teacher's answers to the task of recipes/tiny/running_sums.py. It

@@ -131,7 +131,7 @@ def test_shipped_data_and_tokenizer_are_what_the_script_writes(tmp_path, folder,
 
 
 def test_problems_of_many_lengths_are_what_the_script_writes(tmp_path, monkeypatch):
-    words = "make_tiny_base.py --data_only --train_rows 530 --min_digits 3 --max_digits 10 --output"
+    words = "make_tiny_base.py --data_only --train_rows 530 --min_digits 3 --max_digits 12 --output"
     monkeypatch.setattr("sys.argv", [*words.split(), str(tmp_path)])
     make_tiny_base.main()
     assert not (tmp_path / "base").exists()
