@@ -64,6 +64,7 @@ from fipo_trl.rewards.code_tests import code_accuracy, code_reward, outcomes
 from fipo_trl.rewards.names import load_reward
 from fipo_trl.rewards.sandbox import Sandbox, at_once
 from fipo_trl.trainer.dynamic_sampling import DynamicSampler, PromptStream
+from fipo_trl.trainer.prompt_history import LEAST, PromptHistory
 
 
 TINY_BASE = Path(__file__).parents[1] / "recipes/tiny/base"
@@ -623,10 +624,40 @@ class LearnablePrompts:
                 self.waited.append(position - self.waiting.pop(row))
 
 
-def simulate_epochs(skip: bool, args) -> tuple[list[dict[str, float]], list[float]]:
+class PosteriorHistory(PromptHistory):
+    """A rival of GRESO's rule: a prompt is sampled with the probability that its next group is mixed.
+
+    The pass rate has a Beta posterior, of a uniform prior and the completions seen. With each visit those before count
+    half as much.
+    """
+
+    def __init__(self, rows: int):
+        super().__init__(rows)
+        self.right: dict[int, float] = {}  # row: completions that were right at its latest visit
+        self.seen = torch.zeros(rows, 2)  # completions, right and wrong
+
+    def probability(self, row: int) -> float:
+        right, wrong = self.seen[row].tolist()
+        if right + wrong == 0:
+            return 1.0
+        same = [
+            math.exp(math.lgamma(1 + n + GENERATIONS) + math.lgamma(2 + right + wrong))
+            / math.exp(math.lgamma(1 + n) + math.lgamma(2 + right + wrong + GENERATIONS))
+            for n in (right, wrong)
+        ]
+        return max(1 - sum(same), LEAST)
+
+    def record(self, visits, follow_target: bool) -> int:
+        for row, _ in (visits := list(visits)):
+            self.seen[row] = self.seen[row] / 2 + torch.tensor([self.right[row], GENERATIONS - self.right[row]])
+        return super().record(visits, follow_target)
+
+
+def simulate_epochs(history: PromptHistory | None, args) -> tuple[list[dict[str, float]], list[float]]:
     """Sums of what each epoch took, and the epochs that prompts worth a visit waited for one."""
     rows = args.rows
-    sampler = DynamicSampler(PromptStream(rows, seed=0), args.prompts, skip=skip)
+    sampler = DynamicSampler(PromptStream(rows, seed=0), args.prompts)
+    sampler.history = history
     task = LearnablePrompts(rows, args.generations, args.spread)
     epochs: list[dict[str, float]] = []
     for _ in range(args.generations):
@@ -636,6 +667,8 @@ def simulate_epochs(skip: bool, args) -> tuple[list[dict[str, float]], list[floa
 
         def roll_out(asked, seen=seen):
             rewards, rollouts = task.roll_out(asked)
+            if isinstance(history, PosteriorHistory):
+                history.right |= zip(asked, rewards.sum(dim=(1, 2)).tolist(), strict=True)
             seen += zip(asked, (rewards.amax(dim=(1, 2)) > rewards.amin(dim=(1, 2))).tolist(), strict=True)
             return rewards, rollouts
 
@@ -645,35 +678,37 @@ def simulate_epochs(skip: bool, args) -> tuple[list[dict[str, float]], list[floa
             epochs.append(dict.fromkeys(("generated", "kept", "skipped", "revived"), 0.0))
         for name in epochs[-1]:
             epochs[-1][name] += batch.metrics().get(name, 0.0)
-        epochs[-1] |= {name: batch.skipping[name] for name in ("p_easy", "p_hard") if skip}
+        epochs[-1] |= {name: batch.skipping[name] for name in ("p_easy", "p_hard") if history}
     return epochs, sorted(waited / rows for waited in task.waited)
 
 
 def run_skipping(args):
-    """Epoch by epoch, what is sampled with and without the prompts that GRESO's rule skips."""
-    (auto, waits), (skip, longer_waits) = (simulate_epochs(skip, args) for skip in (False, True))
+    """Epoch by epoch, what is sampled with and without the prompts that GRESO's rule skips, or its rival's."""
+    histories = (None, PromptHistory(args.rows), PosteriorHistory(args.rows))
+    (auto, skip, posterior), waits = zip(*(simulate_epochs(history, args) for history in histories), strict=True)
 
     def per_kept(epochs):
         return f"{sum(e['generated'] for e in epochs) / sum(e['kept'] for e in epochs):.2f}"
 
     rows = []
-    for number in range(max(len(auto), len(skip))):
+    for number in range(max(map(len, (auto, skip, posterior)))):
         here = skip[number] if number < len(skip) else None
         rows.append(
             {
                 "epoch": str(number + 1),
                 "auto": per_kept(auto[number : number + 1]) if number < len(auto) else "-",
                 "skip": per_kept([here]) if here else "-",
+                "posterior": per_kept(posterior[number : number + 1]) if number < len(posterior) else "-",
                 "skipped": f"{here['skipped'] / args.rows:.2f}" if here else "-",
                 "revived": f"{here['revived']:.0f}" if here else "-",
                 "p_easy": f"{here['p_easy']:.2f}" if here else "-",
                 "p_hard": f"{here['p_hard']:.2f}" if here else "-",
             }
         )
-    rows.append(dict.fromkeys(rows[0], "") | {"epoch": "all", "auto": per_kept(auto), "skip": per_kept(skip)})
+    sums = {"auto": per_kept(auto), "skip": per_kept(skip), "posterior": per_kept(posterior)}
+    rows.append(dict.fromkeys(rows[0], "") | {"epoch": "all"} | sums)
     median_and_most = [
-        f"{median(found):.1f}, {found[int(0.9 * len(found))]:.1f}" if found else "none waited"
-        for found in (waits, longer_waits)
+        f"{median(found):.1f}, {found[int(0.9 * len(found))]:.1f}" if found else "none waited" for found in waits
     ]
     report(
         rows,
@@ -682,7 +717,7 @@ def run_skipping(args):
         f"{args.spread:g}; "
         "their mean rises from -1.5 to 1.5. Skipped: of the prompts that the stream passed.\nA prompt that was not "
         "mixed at 3 visits or more, and now is more likely than not, waits for its next visit, in epochs\n(median, "
-        f"90th percentile): auto {median_and_most[0]}; skip {median_and_most[1]}.",
+        f"90th percentile): auto {median_and_most[0]}; skip {median_and_most[1]}; posterior {median_and_most[2]}.",
     )
 
 

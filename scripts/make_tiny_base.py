@@ -1,7 +1,9 @@
-"""Rebuilds base/ and data/, a tiny model and its problems, of recipes/tiny, its study, or recipes/calibrated.
+r"""Rebuilds base/ and data/, a tiny model and its problems, of recipes/tiny, its studies, or recipes/calibrated.
 
     python scripts/make_tiny_base.py
     python scripts/make_tiny_base.py --min_digits 7 --max_digits 9 --output recipes/tiny/study
+    python scripts/make_tiny_base.py --data_only --train_rows 530 --min_digits 3 --max_digits 12 \
+        --output recipes/tiny/skip
     python scripts/make_tiny_base.py --task calibrated
 
 The base is a Qwen2 of two layers that has read a teacher's answers to the task of recipes/tiny/running_sums.py or
@@ -35,7 +37,7 @@ from recipes.tiny.running_sums import correct_answer, exact_answer, make_problem
 
 
 PAD, EOS = "<pad>", "<eos>"
-TEST_ROWS, TRAIN_ROWS = 200, 2000
+TEST_ROWS = 200
 
 
 class Phase(NamedTuple):
@@ -106,10 +108,10 @@ def of_calibrated_study() -> Base:
     return Base(of.ALPHABET, 400, of.worked_answer, of.KINDS, of.kind_of_answer, digits, phases)
 
 
-def write_data(rng: Random, folder: Path, min_digits: int, max_digits: int) -> list[str]:
+def write_data(rng: Random, folder: Path, min_digits: int, max_digits: int, train_rows: int = 2000) -> list[str]:
     """Writes train.jsonl and test.jsonl, with no prompt twice, and returns the prompts of the latter."""
     problems: dict[str, None] = {}  # a set that keeps its order
-    while len(problems) < TEST_ROWS + TRAIN_ROWS:
+    while len(problems) < TEST_ROWS + train_rows:
         problems[make_problem(rng, min_digits, max_digits)] = None
     test, train = list(problems)[:TEST_ROWS], list(problems)[TEST_ROWS:]
     folder.mkdir(parents=True, exist_ok=True)
@@ -233,6 +235,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=("tiny", "calibrated"), default="tiny", help="(tiny)")
     parser.add_argument("--output", type=Path, help="folder for base/ and data/ (recipes/TASK)")
+    parser.add_argument("--data_only", action="store_true", help="make no base/")
+    parser.add_argument("--train_rows", type=int, default=2000, help="problems of data/train.jsonl (2000)")
     parser.add_argument("--min_digits", type=int, help="of a problem of the tiny task (4; its study's: 7)")
     parser.add_argument("--max_digits", type=int, help="of a problem of the tiny task (6; its study's: 9)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the problems and the samples")
@@ -248,7 +252,9 @@ def main() -> None:
     torch.set_num_threads(1)  # the order of additions, and so the bytes, must not depend on the number of cores
     torch.manual_seed(args.seed)
     rng = Random(args.seed)
-    test = write_data(rng, output / "data", *base.digits)
+    test = write_data(rng, output / "data", *base.digits, args.train_rows)
+    if args.data_only:
+        return
     tokenizer = make_tokenizer(base.alphabet, base.max_tokens)
     model = make_model(tokenizer)
     for phase in base.phases:

@@ -23,9 +23,11 @@ from fipo_trl.commands.compare import run_and_print
 
 
 TINY = ["--config", "recipes/tiny/fipo_study.yaml"]
-# 530 prompts and 80 generations of 16: a prompt is visited about as often as in the paper's 32B run
-SKIP = [*("--config", "recipes/tiny/fipo_dynamic.yaml"), *("--dataset_name", "recipes/tiny/skip/train.jsonl")]
-SKIP += ["--max_steps", "640"]
+# 530 prompts and 80 generations of 16, the ratio of the paper's 32B run; difficulty is spread, as in a real dataset
+SKIP = [*("--config", "recipes/tiny/fipo_dynamic.yaml"), *("--max_steps", "640"), *("--learning_rate", "5e-5")]
+SKIP += ["--model_name_or_path", "recipes/tiny/study/base", "--dataset_name", "recipes/tiny/skip/data"]
+SKIP += ["--reward_funcs", "recipes.tiny.running_sums.exact_chain", "--dynamic_sampling_reward", "exact_chain"]
+SKIP += ["--max_completion_length", "64"]
 # As in the paper's ablations, which are of its 7B run: they vary FIPO with the bounds [0.8, 1.2]
 WIDE = [*TINY, "--influence_weight_min", "0.8"]
 # Their weights are in the study's controls
@@ -51,8 +53,8 @@ STUDIES = {
     "skip": Study(
         arms={"auto": SKIP, "skip": [*SKIP, "--dynamic_sampling_skip", "true"]},
         evaluation=[
-            *("--dataset", "recipes/tiny/data", "--reward", "recipes.tiny.running_sums.exact_answer"),
-            *("--max_tokens", "128", "--top_p", "1.0"),
+            *("--dataset", "recipes/tiny/skip/data", "--reward", "recipes.tiny.running_sums.exact_chain"),
+            *("--max_tokens", "64", "--top_p", "1.0"),
         ],
         seeds=range(1, 6),
         differences=("prompts_sampled", "avg@32", "mean_length", "seconds"),

@@ -50,7 +50,8 @@ class DAPOConfig(GRPOConfig):
         dynamic_sampling_skip (`bool`, *optional*, defaults to `False`):
             Whether prompts whose completions all earned the same at their latest visits are most likely skipped before
             anything is sampled: the more such visits in a row, the likelier (GRESO, https://arxiv.org/abs/2506.02177).
-            It saves nothing in the first pass over the data. The DAPO and FIPO papers' runs skip none.
+            For problems that differ in difficulty and are visited several times: it saves nothing in the first pass
+            over the data, nor on problems that are all alike. The DAPO and FIPO papers' runs skip none.
 
         > Parameters of rewards
 
@@ -145,7 +146,8 @@ class DAPOConfig(GRPOConfig):
         default=False,
         metadata={
             "help": "Whether prompts whose completions all earned the same at their latest visits are most likely "
-            "skipped before anything is sampled (GRESO). Saves nothing in the first pass over the data."
+            "skipped before anything is sampled (GRESO). For problems that differ in difficulty and are visited "
+            "several times."
         },
     )
     reward_timeout: float | None = field(

@@ -105,6 +105,17 @@ def exact_answer(prompts: list[str], completions: list[str], **kwargs) -> list[f
     ]
 
 
+def exact_chain(prompts: list[str], completions: list[str], **kwargs) -> list[float]:
+    """A stricter reward: 1.0 where the last walk is the right chain of sums and the answer is its end, otherwise 0.0.
+
+    A guess earns nothing, so a problem may be never solved. Takes, returns and raises what `exact_answer` does.
+    """
+    return [
+        float(completion.rpartition("?")[2] == worked_answer(Random(), prompt, max_walks=1))
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+
+
 def predicted_answer(completion: str) -> str | None:
     """The text after the last `A:`, whatever it is; `None` where there is no `A:`."""
     _, marker, answer = completion.rpartition("A:")

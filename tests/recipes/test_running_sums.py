@@ -12,6 +12,7 @@ from recipes.tiny.running_sums import (
     correct_answer,
     count_checks,
     exact_answer,
+    exact_chain,
     kind_of_answer,
     make_problem,
     worked_answer,
@@ -60,6 +61,25 @@ def test_reward(completion, reward):
     assert exact_answer(["a3b0c4="], [completion]) == [reward]
 
 
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        (CHAIN + "A:2", 1.0),
+        ("a3:3 b0:4 c4:3 ?" + CHAIN + "A:2", 1.0),  # a slip, and then a walk without one
+        (CHAIN + "?a3:3 b0:4 c4:3 A:2", 0.0),
+        (CHAIN + "?A:2", 0.0),
+        ("A:2", 0.0),
+        (CHAIN + "A:1", 0.0),
+        (CHAIN, 0.0),
+        ("a3:3 c4:2 A:2", 0.0),  # right, but b was left out
+        (CHAIN + "A:2 ", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_stricter_reward(completion, reward):
+    assert exact_chain(["a3b0c4="], [completion]) == [reward]
+
+
 @given(completion=st.text())
 def test_reward_and_behaviour_take_any_text(completion):
     assert exact_answer(["a3b0c4="], [completion]) in ([0.0], [1.0])
@@ -73,7 +93,7 @@ def test_a_careful_teacher_is_right(seed, max_walks):
     answer = worked_answer(rng, prompt, max_walks, slip=0.0)
     assert set(prompt + answer) <= set(ALPHABET)
     if max_walks:
-        assert exact_answer([prompt], [answer]) == [1.0]
+        assert exact_answer([prompt], [answer]) == exact_chain([prompt], [answer]) == [1.0]
         assert count_checks(answer) == min(max_walks - 1, 1)  # two walks agree at once
 
 
@@ -108,6 +128,15 @@ def test_shipped_data_and_tokenizer_are_what_the_script_writes(tmp_path, folder,
     make_tiny_base.make_tokenizer(ALPHABET, 256).save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_text() == (shipped / "base" / name).read_text()
+
+
+def test_problems_of_many_lengths_are_what_the_script_writes(tmp_path, monkeypatch):
+    words = "make_tiny_base.py --data_only --train_rows 530 --min_digits 3 --max_digits 12 --output"
+    monkeypatch.setattr("sys.argv", [*words.split(), str(tmp_path)])
+    make_tiny_base.main()
+    assert not (tmp_path / "base").exists()
+    for name in ("train.jsonl", "test.jsonl"):
+        assert (tmp_path / "data" / name).read_bytes() == (ROOT / "recipes/tiny/skip/data" / name).read_bytes()
 
 
 def test_tokenizer_has_one_token_per_character():

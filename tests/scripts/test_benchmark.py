@@ -34,10 +34,11 @@ def test_quick(monkeypatch, capsys, command, columns):
     assert f"python scripts/benchmark.py {command} --quick" in printed
     if command == "dynamic-sampling":
         (table,) = others
-        *epochs, total = [line.split("|")[1:-1] for line in table.splitlines() if line.count("|") == 8][1:]
-        auto, skip = (float(cell) for cell in total[1:3])
+        *epochs, total = [line.split("|")[1:-1] for line in table.splitlines() if line.count("|") == 9][1:]
+        auto, skip, posterior = (float(cell) for cell in total[1:4])
         assert 1 < skip < auto
-        assert epochs[0][1] == epochs[0][2]  # nothing is skipped in the first pass
+        assert 1 < posterior < auto
+        assert len(set(map(float, epochs[0][1:4]))) == 1  # nothing is skipped in the first pass
     if command == "future-kl":
         errors = [float(cell) for cell in re.findall(r" (\de[-+]\d\d) \|", rows[0])]
         assert len(errors) == 3

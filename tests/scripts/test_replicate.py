@@ -112,7 +112,7 @@ def test_tiny_study_is_what_its_issue_asks_for():
 def test_skip_study_is_what_its_issue_asks_for():
     study = replicate.STUDIES["skip"]
     auto, skip = (read_and_validate(arguments) for arguments in study.arms.values())
-    assert (ROOT / auto.run.dataset_name).read_text().count("\n") == 530
+    assert (ROOT / auto.run.dataset_name / "train.jsonl").read_text().count("\n") == 530
     assert auto.training.max_steps / auto.training.updates_per_generation == 80
     assert (auto.training.dynamic_sampling_oversample, auto.training.dynamic_sampling_skip) == ("auto", False)
     assert skip.training.dynamic_sampling_skip
