@@ -28,6 +28,7 @@ from fipo_trl.trainer.dynamic_sampling import DynamicSampler
 from fipo_trl.trainer.engine import EngineMismatch, check_base, check_ends
 from fipo_trl.trainer.last_update import LastUpdate
 from fipo_trl.trainer.length_grouping import LengthGrouping, log_probs_by_length
+from fipo_trl.trainer.lora_sync import adapter_sync
 from fipo_trl.trainer.loss_scope import LossScope
 from fipo_trl.trainer.manifest import (
     Changes,
@@ -99,7 +100,7 @@ class DAPOTrainer(GRPOTrainer):
         check_prompts(bound.arguments.get("train_dataset"), bound.arguments.get("processing_class"))
         check_models_are_loaded(args, model, reward_funcs, bound.arguments.get("peft_config"))
         check_base(args, model, bound.arguments.get("quantization_config"))
-        with server_client():
+        with server_client(), adapter_sync():
             super().__init__(*bound.args, **bound.kwargs)
         check_attributes(self)
         self._reward_calls = RewardCalls(
