@@ -9,28 +9,31 @@ What vLLM cannot serve as an adapter goes TRL's way. The log says which way is t
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Linear as LoraLinear
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 from transformers import ProcessorMixin
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration, empty_cache
 from trl.trainer import grpo_trainer
 
+from fipo_trl.trainer.lora_adapter import (
+    ENGINE_RANKS,
+    adapter_weights,
+    base_name,
+    base_weights,
+    lora_layers,
+    unserved_adapter,
+)
 from fipo_trl.trainer.trl_contract import check_generation
 
 
 logger = get_logger(__name__)
-
-ENGINE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
 
 
 @contextmanager
@@ -99,59 +102,6 @@ class AdapterGeneration(VLLMGeneration):
         self.llm.reset_prefix_cache()
 
 
-# The weights of a PEFT model
-
-
-def base_weights(model: Any, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """The weights without adapters, whole, one at a time, under the names of the base model."""
-    for name, parameter in model.named_parameters():
-        if model.prefix not in name:
-            with whole([parameter], device) as (weight,):
-                yield base_name(name), weight
-
-
-def adapter_weights(model: Any, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The matrices of the active adapter, whole, as copies on the CPU: A (r, in), and B (out, r) times its scaling.
-
-    The scaling is the one of each layer, whatever made it (alpha, rsLoRA, patterns). So vLLM has nothing to scale,
-    which it would do in place.
-    """
-    for name, layer in lora_layers(model):
-        a, b = layer.lora_A[model.active_adapter].weight, layer.lora_B[model.active_adapter].weight
-        with whole([a, b], device) as (a, b):
-            for part, matrix in (("A", a), ("B", b * layer.scaling[model.active_adapter])):
-                yield f"{base_name(name)}.lora_{part}.weight", matrix.to("cpu", dtype, copy=True)
-
-
-def lora_layers(model: Any) -> Iterator[tuple[str, LoraLayer]]:
-    """The layers of the active adapter, with their names."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and model.active_adapter in module.r:
-            yield name, module
-
-
-def base_name(name: str) -> str:
-    """What a parameter or module of a PEFT model is called in the base model, and in vLLM."""
-    return name.removeprefix("base_model.model.").replace("_checkpoint_wrapped_module.", "").replace(".base_layer", "")
-
-
-@contextmanager
-def whole(parameters: list[Tensor], device: torch.device) -> Iterator[list[Tensor]]:
-    """Parameters of which FSDP2 or ZeRO-3 may have left this process a share only. All processes must ask for them."""
-    gathered: AbstractContextManager = nullcontext()
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):  # ZeRO-3
-        from deepspeed.zero import GatheredParameters  # type: ignore[import-untyped]
-
-        gathered = GatheredParameters(parameters)
-    with gathered:
-        yield [gathered_shares(p.detach(), device) if isinstance(p, DTensor) else p.data for p in parameters]
-
-
-def gathered_shares(parameter: Any, device: torch.device) -> Tensor:
-    """A parameter that FSDP2 has sharded. Shares that it has offloaded are gathered on the device."""
-    return parameter.to(device).full_tensor()
-
-
 # What vLLM can serve
 
 
@@ -166,30 +116,6 @@ def why_merged(generation: VLLMGeneration) -> str | None:
     return unserved_adapter(model) or unserved_model(generation)
 
 
-def unserved_adapter(model: Any) -> str | None:
-    """What of an adapter, or trained beside it, is more than two matrices for each of some linear layers."""
-    if len(model.active_adapters) != 1:
-        return f"{len(model.active_adapters)} adapters are active"
-    adapter = model.active_adapter
-    known: set[int] = set()
-    for name, layer in lora_layers(model):
-        if type(layer) is not LoraLinear or type(layer.get_base_layer()) is not nn.Linear:
-            return (
-                f"{base_name(name)} ({type(layer.get_base_layer()).__name__}) has an adapter, and is no linear layer"
-            )
-        if adapter in layer.lora_variant:
-            return f"the adapter is of a kind that vLLM does not know ({type(layer.lora_variant[adapter]).__name__})"
-        if layer.r[adapter] > ENGINE_RANKS[-1]:
-            return f"its rank {layer.r[adapter]} is above {ENGINE_RANKS[-1]}, vLLM's largest"
-        known |= {id(layer.lora_A[adapter].weight), id(layer.lora_B[adapter].weight)}
-    if not known:
-        return "it has no layers of LoRA"
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in known:
-            return f"{name} is trained, too"
-    return None
-
-
 def unserved_model(generation: VLLMGeneration) -> str | None:
     """What in vLLM stands against adapters for this model."""
     from vllm import ModelRegistry
@@ -200,13 +126,11 @@ def unserved_model(generation: VLLMGeneration) -> str | None:
         return "the model reads images, for which this was not tested"
     if not hasattr(BaseLayerWithLoRA, "load_weights"):
         return "this vLLM does not load weights into layers with adapters; 0.31 does"
-    names = getattr(generation.model.config, "architectures", None) or [
-        type(generation.model.base_model.model).__name__
-    ]
-    if generation.model_impl not in ("auto", "vllm") or names[0] not in ModelRegistry.models:
-        return f"vLLM runs {names[0]} through transformers"
-    if not supports_lora(ModelRegistry.models[names[0]].load_model_cls()):
-        return f"vLLM has no adapters for {names[0]}"
+    name = (generation.model.config.architectures or ["this model"])[0]
+    if generation.model_impl not in ("auto", "vllm") or name not in ModelRegistry.models:
+        return f"vLLM runs {name} through transformers"
+    if not supports_lora(ModelRegistry.models[name].load_model_cls()):
+        return f"vLLM has no adapters for {name}"
     return None
 
 
@@ -250,7 +174,7 @@ class AdapterEngine:
         Raises:
             RuntimeError: if vLLM's model has no such weight.
         """
-        if not self._runner.model.load_weights([(name, weight)]):
+        if self._runner.model.load_weights([(name, weight)]) == set():
             raise RuntimeError(f"vLLM has no weight {name} of the base model.")
 
     def serve(self, adapter: dict[str, Tensor]):

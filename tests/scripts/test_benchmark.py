@@ -3,6 +3,7 @@
 import re
 import runpy
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -21,6 +22,11 @@ import pytest
         ("evaluation", ["batch_size", "s", "times as fast", "avg@8"]),
         ("dynamic-sampling", ["keep rate", "least possible", "auto", "3x (DAPO)", "4x (FIPO)"]),
         ("code-reward", ["isolated, ms", "limits only, ms", "isolation, ms", "answers/s"]),
+        pytest.param(
+            "lora-sync",
+            ["merged, MB", "adapter, MB", "merged, ms", "adapter, ms", "mismatch, adapter", "mismatch, sync cut"],
+            marks=[pytest.mark.vllm, pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")],
+        ),
     ],
 )
 def test_quick(monkeypatch, capsys, command, columns):
@@ -53,3 +59,10 @@ def test_quick(monkeypatch, capsys, command, columns):
         shares = [float(share) for share in rows[1].split("|")[-2].split(",")]
         grouped, grpo, ungrouped, trimmed = shares
         assert grouped > trimmed > grpo == ungrouped
+    if command == "lora-sync":
+        for row in rows:
+            cells = [cell.split() for cell in row.split("|")[2:-1]]
+            merged, adapter = float(cells[0][0]), float(cells[1][0])
+            assert 0 < adapter < merged
+            of_merged, of_adapter, cut = (float(cells[column][0]) for column in (5, 8, 10))
+            assert max(of_merged, of_adapter) < cut / 3

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import make_model
 from trl.generation.vllm_generation import VLLMGeneration
 
-from fipo_trl.trainer.lora_sync import ENGINE_RANKS, adapter_weights, base_name, base_weights, unserved_adapter
+from fipo_trl.trainer.lora_adapter import ENGINE_RANKS, adapter_weights, base_name, base_weights, unserved_adapter
 from fipo_trl.trainer.trl_contract import check_generation
 
 
