@@ -2,9 +2,9 @@
 
 It reads as a list of the methods of TRL that are overridden. The work is done elsewhere: groups that are sampled ahead
 (`rollouts.py`, by the rules of `dynamic_sampling.py`), micro-batches without padding (`length_grouping.py`), checks of
-the engine (`engine.py`), the client of its server (`vllm_server.py`), the scope of a loss (`loss_scope.py`), checks of
-rewards (`reward_calls.py`), a checkpoint of what fails (`last_update.py`), exact resuming (`resume.py`), metrics
-(`metrics.py`).
+the engine (`engine.py`), the client of its server (`vllm_server.py`), LoRA adapters for it (`lora_sync.py`), the scope
+of a loss (`loss_scope.py`), checks of rewards (`reward_calls.py`), a checkpoint of what fails (`last_update.py`),
+exact resuming (`resume.py`), metrics (`metrics.py`).
 """
 
 import inspect
