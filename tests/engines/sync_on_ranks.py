@@ -49,6 +49,7 @@ def train(folder: str, model: str, lora: bool, settings: dict) -> dict:
     return {
         "held": held(trainer),
         "tensor_parallel": generation.tensor_parallel_size,
+        "serves_adapter": generation.serves_adapter,
         "mean": logged(trainer, "engine_mismatch/mean"),
         "nan_tokens": logged(trainer, "engine_mismatch/nan_tokens"),
     }

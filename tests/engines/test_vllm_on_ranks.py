@@ -50,6 +50,7 @@ def test_sharded_weights_reach_the_engine(tmp_path, ranks, model, launch, tensor
         assert engine in seen["held"]["engine"]
         assert seen["held"]["weights"] < 0.9  # a share of them
         assert seen["tensor_parallel"] == tensor_parallel
+        assert seen["serves_adapter"] is lora
     check(returned[0])
 
 

@@ -11,10 +11,8 @@ import torch
 from conftest import ROOT
 from peft import LoraConfig, get_peft_model
 from tiny import make_model
-from trl.generation.vllm_generation import VLLMGeneration
 
 from fipo_trl.trainer.lora_adapter import ENGINE_RANKS, adapter_weights, base_name, base_weights, unserved_adapter
-from fipo_trl.trainer.trl_contract import check_generation
 
 
 CPU = torch.device("cpu")
@@ -97,17 +95,6 @@ def test_ranks_are_those_of_vllm():
     config = pytest.importorskip("vllm.config.lora")
     known = config.MaxLoRARanks.__args__
     assert set(ENGINE_RANKS) == set(known) - {1}
-
-
-def test_the_contract_with_trls_generation():
-    check_generation(VLLMGeneration)
-
-    class Chats(VLLMGeneration):
-        def generate(self, prompts):
-            return self.llm.chat(prompts)
-
-    with pytest.raises(RuntimeError, match=r"In VLLMGeneration:\n  self\.llm\.chat is called\n"):
-        check_generation(Chats)
 
 
 # With vLLM's own engine
