@@ -76,9 +76,9 @@ def whole(parameters: list[Tensor], device: torch.device) -> Iterator[list[Tenso
     """Parameters of which FSDP2 or ZeRO-3 may have left this process a share only. All processes must ask for them."""
     gathered: AbstractContextManager = nullcontext()
     if any(hasattr(parameter, "ds_id") for parameter in parameters):  # ZeRO-3
-        from deepspeed.zero import GatheredParameters  # type: ignore[import-untyped]
+        import deepspeed  # type: ignore[import-untyped]
 
-        gathered = GatheredParameters(parameters)
+        gathered = deepspeed.zero.GatheredParameters(parameters)
     with gathered:
         yield [gathered_shares(p.detach(), device) if isinstance(p, DTensor) else p.data for p in parameters]
 

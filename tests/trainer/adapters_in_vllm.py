@@ -20,6 +20,7 @@ from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
 from fipo_trl import FIPOTrainer
+from fipo_trl.trainer.lora_sync import AdapterEngine
 
 
 PATTERNS = {"rank_pattern": {"q_proj": 2, "down_proj": 11}, "alpha_pattern": {"q_proj": 5, "o_proj": 1}}
@@ -28,7 +29,7 @@ CASES = {
     "patterns": {"r": 4, **PATTERNS},
     "other-base": {"r": 16},
     "dora": {"r": 4, "use_dora": True},
-    "head": {"r": 4, "target_modules": ["q_proj", "lm_head"]},
+    "unknown": {"r": 4},  # to vLLM: see `run`
 }
 ADAPTERS = 4
 LONG = "".join(PROMPTS[i].replace("=", "") for i in range(20)) + "="  # several blocks of the cache
@@ -112,7 +113,11 @@ def run(case: str, folder: Path) -> dict:
     logger = logging.getLogger("fipo_trl.trainer.lora_sync")
     logger.setLevel(logging.INFO)
     logger.addHandler(listener)
+    known = AdapterEngine.served_modules
+    if case == "unknown":
+        AdapterEngine.served_modules = lambda engine: known(engine) - {"model.layers.1.mlp.down_proj"}
     trainer = make_trainer(base, folder, model, CASES[case])
+    AdapterEngine.served_modules = known
     logger.removeHandler(listener)
     generation = trainer.vllm_generation
     seen = {"log": listener.lines, "trainer": [], "engine": [], "bytes": [], "cached": {"new": [], "again": []}}
@@ -151,7 +156,7 @@ def run(case: str, folder: Path) -> dict:
 
 
 def main(folder: Path):
-    engine = partial(vllm_generation.LLM, dtype="float32", enforce_eager=True, block_size=16)
+    engine = partial(vllm_generation.LLM, dtype="float32", enforce_eager=True, block_size=32)
     vllm_generation.LLM = engine
     results = {case: run(case, folder) for case in CASES}
     (folder / "results.json").write_text(json.dumps(results))

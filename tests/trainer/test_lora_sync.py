@@ -155,7 +155,7 @@ def test_an_adapter_that_is_gone_is_an_error(results):
     ("case", "reason"),
     [
         ("dora", "the adapter is of a kind that vLLM does not know (DoraLinearVariant)"),
-        ("head", "does not know lm_head"),
+        ("unknown", "vLLM does not know model.layers.1.mlp.down_proj"),
     ],
 )
 def test_what_vllm_cannot_serve_is_merged(results, case, reason):
