@@ -41,7 +41,7 @@ class Lines(logging.Handler):
         self.lines = []
 
     def emit(self, record):
-        self.lines.append(record.getMessage())
+        self.lines.append(record.getMessage().removeprefix("[RANK 0] "))
 
 
 def make_trainer(base: Path, folder: Path, model, settings: dict) -> FIPOTrainer:
