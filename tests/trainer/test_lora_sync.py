@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import make_model
 
 from fipo_trl.trainer.lora_adapter import ENGINE_RANKS, adapter_weights, base_name, base_weights, unserved_adapter
+from fipo_trl.trainer.lora_sync import AdapterEngine
 
 
 CPU = torch.device("cpu")
@@ -95,6 +96,24 @@ def test_ranks_are_those_of_vllm():
     config = pytest.importorskip("vllm.config.lora")
     known = config.MaxLoRARanks.__args__
     assert set(ENGINE_RANKS) == set(known) - {1}
+
+
+class Asleep:
+    """In place of vLLM's `LLM`, which sleeps on a GPU only."""
+
+    def __init__(self, **settings):
+        self.settings = settings
+
+    def sleep(self, level):
+        self.level = level
+
+
+@pytest.mark.parametrize(("rank", "room"), [(1, 8), (8, 8), (9, 16), (300, 320), (512, 512)])
+def test_the_engine_has_room_for_the_adapter_and_keeps_the_base_when_it_sleeps(rank, room):
+    engine = AdapterEngine(Asleep, rank, model="base")
+    assert engine.settings == {"model": "base", "enable_lora": True, "max_lora_rank": room, "max_loras": 1}
+    engine.sleep(level=2)  # as TRL asks for
+    assert engine.level == 1
 
 
 # With vLLM's own engine
