@@ -19,8 +19,8 @@ groups are sampled for one that is trained on, also where earlier epochs are rem
 in the sandbox and out of it, and the reward over answers that take long; `lora-sync` brings a LoRA adapter to vLLM, as
 it is and merged into the weights: bytes, time, and how far the engine is from the trainer then. It needs vLLM.
 All that a row compares takes turns in the same run, and a time is the median of these rounds. Other load spoils the
-times: look at `uptime` first. With `--quick` every subcommand takes seconds (`lora-sync`, which starts four engines, a
-minute), to see that it works; its times mean nothing.
+times: look at `uptime` first. With `--quick` every subcommand takes seconds (`lora-sync`, which starts four engines,
+minutes), to see that it works; its times mean nothing.
 """
 
 import argparse
