@@ -8,6 +8,7 @@
     OMP_NUM_THREADS=1 python scripts/benchmark.py evaluation
     python scripts/benchmark.py dynamic-sampling
     python scripts/benchmark.py code-reward
+    OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 python scripts/benchmark.py lora-sync
 
 `future-kl` times Future-KL against the matrix product of the official code, a serial scan and one pass of `exp`;
 `update` times optimizer updates of TRL's GRPOTrainer and of FIPOTrainer on the same completions, of equal and of
@@ -15,10 +16,11 @@ long-tailed lengths; `step` times whole training steps of both, and what they co
 influence weights add to an update, `monitoring` what metrics and collapse alarm add; `evaluation` times the answers to
 the tiny task's held-out problems, in batches of several sizes; `dynamic-sampling` counts, without a model, how many
 groups are sampled for one that is trained on, also where earlier epochs are remembered; `code-reward` times programs
-in the sandbox and out of it, and the reward over answers that take long.
+in the sandbox and out of it, and the reward over answers that take long; `lora-sync` brings a LoRA adapter to vLLM, as
+it is and merged into the weights: bytes, time, and how far the engine is from the trainer then. It needs vLLM.
 All that a row compares takes turns in the same run, and a time is the median of these rounds. Other load spoils the
-times: look at `uptime` first. With `--quick` every subcommand takes seconds, to see that it works; its times mean
-nothing.
+times: look at `uptime` first. With `--quick` every subcommand takes seconds (`lora-sync`, which starts four engines,
+minutes), to see that it works; its times mean nothing.
 """
 
 import argparse
@@ -40,18 +42,21 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
+from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    LlamaConfig,
     LogitsProcessor,
     LogitsProcessorList,
     TrainerCallback,
 )
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOTrainer
+from trl.generation import vllm_generation
 
 from fipo_trl import DAPOConfig, DAPOTrainer, FIPOConfig, FIPOTrainer
 from fipo_trl.analysis.collapse import CollapseAlarm
@@ -759,6 +764,151 @@ def run_code_reward(args):
     )
 
 
+# LoRA sync
+
+
+def make_base(folder: Path, sizes: dict, dtype: torch.dtype):
+    """A Llama of random weights, by default as large as SmolLM2-135M, with the tiny task's tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_BASE)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    config = LlamaConfig(**sizes, tie_word_embeddings=True, max_position_embeddings=1024, **ends)
+    AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+class Synced:
+    """A trainer with a colocated engine that gets its adapter in one of two ways.
+
+    Args:
+        merged: TRL's way.
+        base: Folder of the model.
+        dtype: Of the base, and of the engine. Adapters are float32.
+    """
+
+    def __init__(self, merged: bool, base: Path, dtype: str, args):
+        llm = vllm_generation.LLM
+        vllm_generation.LLM = partial(llm, dtype=dtype, enforce_eager=True)
+        try:
+            self.trainer = FIPOTrainer(
+                model=str(base),
+                reward_funcs=mean_letter,
+                args=FIPOConfig(
+                    output_dir=str(base),
+                    use_vllm=True,
+                    vllm_mode="colocate",
+                    vllm_merge_lora=merged,
+                    vllm_max_model_length=256,
+                    vllm_gpu_memory_utilization=0.2,
+                    max_completion_length=args.tokens,
+                    generation_kwargs={"detokenize": False, "ignore_eos": True},  # the tokenizer knows few words
+                    model_init_kwargs={"dtype": dtype},
+                    report_to="none",
+                    use_cpu=args.device == "cpu",
+                    bf16=dtype == "bfloat16",
+                    gradient_checkpointing=False,
+                ),
+                train_dataset=Dataset.from_dict({"prompt": ["a1b2c3="] * 64}),
+                processing_class=AutoTokenizer.from_pretrained(TINY_BASE, padding_side="left"),
+                peft_config=LoraConfig(
+                    r=args.rank, lora_alpha=2 * args.rank, lora_dropout=0.0, target_modules="all-linear"
+                ),
+            )
+        finally:
+            vllm_generation.LLM = llm
+        self.generation = self.trainer.vllm_generation
+        if self.generation.serves_adapter is merged:
+            raise RuntimeError("vLLM cannot serve this adapter, see lora_sync.py.")
+        self.bytes = 0
+        self.count(self.generation.llm.llm_engine.model_executor.driver_worker.model_runner.model, "load_weights")
+        if not merged:
+            self.count(self.generation.llm, "serve")
+        named = self.trainer.model.named_parameters()
+        self.base = {name: weight for name, weight in named if not weight.requires_grad}
+        self.first = {name: weight.detach().clone() for name, weight in self.base.items()}
+
+    def count(self, owner, name: str):
+        """Add up the bytes of the tensors that a method gets."""
+        method = getattr(owner, name)
+
+        def counted(weights):
+            self.bytes += sum(weight.nbytes for _, weight in (weights.items() if name == "serve" else weights))
+            return method(weights)
+
+        setattr(owner, name, counted)
+
+    @torch.no_grad()
+    def move_adapter(self, size: float, seed: int):
+        """Draw another one: `size` is the standard deviation of its second matrices."""
+        torch.manual_seed(seed)
+        for name, weight in self.trainer.model.named_parameters():
+            if weight.requires_grad and "lora_B" in name:
+                weight.normal_(std=size)
+
+    def __call__(self):
+        self.bytes = 0
+        self.generation.sync_weights()
+
+    @torch.no_grad()
+    def sample(self, prompts: list[list[int]]) -> tuple[float, float]:
+        """Seconds of sampling, and the mean |log π_engine - log π_trainer| of what was sampled, in nats."""
+        start = time.perf_counter()
+        _, completions, logps, _ = self.generation.generate(prompts, None, 1)
+        seconds = time.perf_counter() - start
+        ids = torch.tensor([prompt + ids for prompt, ids in zip(prompts, completions, strict=True)])
+        logits = self.trainer.model(ids.to(self.trainer.model.device)).logits.float().cpu()
+        own = logits[:, len(prompts[0]) - 1 : -1].log_softmax(dim=-1)
+        own = own.gather(2, torch.tensor(completions).unsqueeze(2)).squeeze(2)
+        return seconds, (own - torch.tensor(logps).squeeze(2)).abs().mean().item()
+
+    def drift(self) -> float:
+        """How far the base has moved from what it was, relative to itself."""
+        moved = sum((weight - self.first[name]).float().norm() ** 2 for name, weight in self.base.items())
+        return (moved / sum(first.float().norm() ** 2 for first in self.first.values())).sqrt().item()
+
+
+def compare_syncs(dtype: str, args) -> dict[str, str]:
+    """The adapter alone, and merged into all weights, in two engines of this process that take turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_base(Path(folder), args.sizes, getattr(torch, dtype))
+        merged, adapter = (Synced(way, Path(folder), dtype, args) for way in (True, False))
+    prompts = [[3 + (row + t) % 20 for t in range(8)] for row in range(args.prompts)]
+    syncs, samples = {merged: [], adapter: []}, {merged: [], adapter: []}
+    for turn in range(-1, args.rounds):  # the first brings the base, too, and is not timed
+        for way in (merged, adapter):
+            way.move_adapter(args.size, seed=turn + 1)
+            start = time.perf_counter()
+            way()
+            if turn >= 0:
+                syncs[way].append(time.perf_counter() - start)
+                samples[way].append(way.sample(prompts))
+    adapter.move_adapter(args.size, seed=args.rounds + 1)
+    _, cut = adapter.sample(prompts)
+    times = {way: 1e3 * median(each) for way, each in syncs.items()}
+    row = {
+        "weights": dtype,
+        "merged, MB": f"{merged.bytes / 1e6:.1f}",
+        "adapter, MB": f"{adapter.bytes / 1e6:.1f} ({adapter.bytes / merged.bytes:.1%})",
+        "merged, ms": f"{times[merged]:.0f}",
+        "adapter, ms": f"{times[adapter]:.1f} (1/{times[merged] / times[adapter]:.0f})",
+    }
+    for name, way in (("merged", merged), ("adapter", adapter)):
+        sampling, mismatches = zip(*samples[way], strict=True)
+        row[f"sampling, {name}, s"] = f"{median(sampling):.2f}"
+        row[f"mismatch, {name}"] = f"{mean(mismatches):.1e}"
+        row[f"base moved, {name}"] = f"{way.drift():.0e}"
+    return row | {"mismatch, sync cut": f"{cut:.1e}"}
+
+
+def run_lora_sync(args):
+    report(
+        [compare_syncs(dtype, args) for dtype in args.dtypes],
+        f"Syncs of {args.rounds} adapters of rank {args.rank} on all linear layers. Mismatch: mean |log π_engine - "
+        f"log π_trainer| of {args.prompts} x {args.tokens}\nsampled tokens, in nats, over all of them; and once with "
+        "the sync cut. Base moved: of the trainer, by merging adapters\nand taking them out, relative to its norm.",
+    )
+
+
 # Printing
 
 
@@ -793,6 +943,15 @@ def report(rows: list[dict[str, str]], note: str):
 # The command line
 
 
+SMOLLM2_135M = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
+SMALL = SMOLLM2_135M | {"vocab_size": 512, "num_hidden_layers": 2}
 QUICK = {  # what --quick sets
     "future-kl": {"rounds": 2, "slow_rounds": 1, "shapes": ["2x300xfloat32", "2x300xbfloat16"]},
     "update": {"rounds": 1, "longest": 32, "sequences": 8, "micro_batches": [4]},
@@ -802,6 +961,7 @@ QUICK = {  # what --quick sets
     "evaluation": {"rounds": 1, "problems": 4, "batch_sizes": [8, 32]},
     "dynamic-sampling": {"rounds": 5, "prompts": 64, "rows": 500, "generations": 20},
     "code-reward": {"rounds": 3, "answers": 2, "seconds": 0.1},
+    "lora-sync": {"rounds": 2, "prompts": 2, "tokens": 8, "sizes": SMALL},
 }
 
 
@@ -840,6 +1000,14 @@ def parse(argv=None):
     code = add("code-reward", run_code_reward, 60, "time of programs in the sandbox, and of the reward for them")
     code.add_argument("--answers", type=int, default=32, help="that need the CPU")
     code.add_argument("--seconds", type=float, default=1.0, help="of CPU time that each of them needs")
+
+    sync = add("lora-sync", run_lora_sync, 10, "bytes and time of bringing a LoRA adapter to vLLM, and the mismatch")
+    sync.add_argument("--rank", type=int, default=16, help="of the adapter")
+    sync.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of base and engine")
+    sync.add_argument("--size", type=float, default=5e-3, help="standard deviation of the adapter's second matrices")
+    sync.add_argument("--prompts", type=int, default=16, help="that are answered after each sync")
+    sync.add_argument("--tokens", type=int, default=32, help="of an answer")
+    sync.set_defaults(sizes=SMOLLM2_135M)
 
     shapes = "8x1024xfloat32 8x8192xfloat32 8x20480xfloat32 8x20480xfloat64 8x20480xbfloat16 1x131072xfloat32"
     kl.add_argument("--shapes", nargs="+", metavar="BxTxDTYPE", default=shapes.split(), help="inputs")

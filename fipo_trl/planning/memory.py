@@ -91,6 +91,9 @@ def update_memory(plan: Plan, gpu: float) -> list[Part]:
     )
     if plan.colocated and not args.vllm_enable_sleep_mode:
         parts.append(Part("vLLM, awake", f"{args.vllm_gpu_memory_utilization:g} of the GPU", engine_memory(plan, gpu)))
+    elif plan.colocated and plan.model.use_peft and not plan.merged_adapter:
+        size = 2 * plan.parameters.total / args.vllm_tensor_parallel_size
+        parts.append(Part("vLLM, asleep", f"{size / GIB:.1f} GiB in CPU memory", 0.0))
     parts.append(Part("other", "CUDA context, NCCL, fragmentation", OTHER_MEMORY))
     return parts
 
@@ -171,7 +174,7 @@ def rollout_memory(plan: Plan, gpu: float) -> list[Part]:
         cache = f"{engine_cache(plan, gpu):,.0f}"
         taken = f"{args.vllm_gpu_memory_utilization:g} of the GPU: weights, cache for {cache} tokens"
         parts.append(Part("vLLM", taken, engine_memory(plan, gpu)))
-        if plan.model.use_peft and plan.sharding == "zero3":
+        if plan.merged_adapter and plan.sharding == "zero3":
             parts.append(Part("weights gathered to merge LoRA", f"{count.total:,} x 2 B", 2 * count.total))
         elif plan.sharding != "none":
             parts.append(Part("a weight gathered for vLLM", f"{count.embedding:,} x 4 B", 4 * count.embedding))

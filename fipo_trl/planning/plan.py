@@ -18,6 +18,7 @@ from fipo_trl.recipe.model_limits import find_config, public_config
 from fipo_trl.recipe.validate import Recipe, read_and_validate
 from fipo_trl.trainer.dapo_config import DAPOConfig
 from fipo_trl.trainer.fipo_config import FIPOConfig
+from fipo_trl.trainer.lora_adapter import unserved_adapter
 
 
 class Parameters(NamedTuple):
@@ -71,6 +72,16 @@ class Plan:
     def colocated(self) -> bool:
         """Whether vLLM shares the GPUs of training."""
         return self.training.use_vllm and self.training.vllm_mode == "colocate"
+
+    @cached_property
+    def merged_adapter(self) -> bool:
+        """Whether vLLM gets all weights, with a LoRA adapter merged into them, in place of the adapter alone."""
+        peft_config = get_peft_config(self.model)
+        if peft_config is None or not self.training.use_vllm:
+            return False
+        if self.training.vllm_merge_lora or not self.colocated:
+            return True
+        return unserved_adapter(meta_model(self.config, peft_config)) is not None
 
     @property
     def engines(self) -> int:
@@ -127,13 +138,17 @@ def read_accelerate_config(path: str) -> dict:
     }
 
 
-def count_parameters(config: PretrainedConfig, peft_config=None) -> Parameters:
-    """Build the model (with its adapter) on the meta device, and count."""
+def meta_model(config: PretrainedConfig, peft_config=None):
+    """The model, with its adapter, without its weights."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-        names = set(model._no_split_modules or [])
-        if peft_config is not None:
-            model = get_peft_model(model, peft_config)
+        return model if peft_config is None else get_peft_model(model, peft_config)
+
+
+def count_parameters(config: PretrainedConfig, peft_config=None) -> Parameters:
+    """Build the model (with its adapter) on the meta device, and count."""
+    model = meta_model(config, peft_config)
+    names = set(model._no_split_modules or [])
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return Parameters(
         total=sum(p.numel() for p in model.parameters()),

@@ -84,6 +84,10 @@ class DAPOConfig(GRPOConfig):
             longest prompt and completion, in place of random ones padded to the longest of the whole generation. The
             update is the same up to rounding. Where the loss depends on which completions share a micro-batch, they
             are cut only; batches with images are left alone. The reason is logged.
+        vllm_merge_lora (`bool`, *optional*, defaults to `False`):
+            Whether a LoRA adapter is merged into the weights for vLLM, and all of them sent for every generation, as
+            TRL does it. By default a colocated engine serves the base and gets the adapter alone: a faster sync, and
+            slower sampling.
 
         > Inherited parameters with another default
 
@@ -179,6 +183,13 @@ class DAPOConfig(GRPOConfig):
             "the same update, without the padding."
         },
     )
+    vllm_merge_lora: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether a LoRA adapter is merged into the weights for vLLM, as TRL does it. By default a "
+            "colocated engine gets the adapter alone: a faster sync, and slower sampling."
+        },
+    )
 
     loss_type: str = field(
         default="dapo",
@@ -249,7 +260,7 @@ class DAPOConfig(GRPOConfig):
         config.__dict__.update(adopted)
         config.lr_scheduler_type = SchedulerType(config.lr_scheduler_type)
         config._check()
-        unsaid = ("dynamic_sampling", "token_credit", "reward_timeout")
+        unsaid = ("dynamic_sampling", "token_credit", "reward_timeout", "vllm_merge_lora")
         return config, {name: value for name, value in adopted.items() if not name.startswith(unsaid)}
 
     @property
@@ -284,6 +295,8 @@ class DAPOConfig(GRPOConfig):
                 f"lr_scheduler_type='constant' ignores warmup_steps={self.warmup_steps:g}. Set "
                 "lr_scheduler_type='constant_with_warmup', or warmup_steps=0."
             )
+        if self.vllm_merge_lora and not self.use_vllm:
+            raise ValueError("vllm_merge_lora=True does nothing without vLLM. Remove it, or set use_vllm=True.")
         context = self.vllm_max_model_length
         if self.use_vllm and context is not None and context <= self.max_completion_length:
             raise ValueError(

@@ -2,9 +2,9 @@
 
 It reads as a list of the methods of TRL that are overridden. The work is done elsewhere: groups that are sampled ahead
 (`rollouts.py`, by the rules of `dynamic_sampling.py`), micro-batches without padding (`length_grouping.py`), checks of
-the engine (`engine.py`), the client of its server (`vllm_server.py`), the scope of a loss (`loss_scope.py`), checks of
-rewards (`reward_calls.py`), a checkpoint of what fails (`last_update.py`), exact resuming (`resume.py`), metrics
-(`metrics.py`).
+the engine (`engine.py`), the client of its server (`vllm_server.py`), LoRA adapters for it (`lora_sync.py`), the scope
+of a loss (`loss_scope.py`), checks of rewards (`reward_calls.py`), a checkpoint of what fails (`last_update.py`),
+exact resuming (`resume.py`), metrics (`metrics.py`).
 """
 
 import inspect
@@ -28,6 +28,7 @@ from fipo_trl.trainer.dynamic_sampling import DynamicSampler
 from fipo_trl.trainer.engine import EngineMismatch, check_base, check_ends
 from fipo_trl.trainer.last_update import LastUpdate
 from fipo_trl.trainer.length_grouping import LengthGrouping, log_probs_by_length
+from fipo_trl.trainer.lora_sync import adapter_sync
 from fipo_trl.trainer.loss_scope import LossScope
 from fipo_trl.trainer.manifest import (
     Changes,
@@ -99,7 +100,7 @@ class DAPOTrainer(GRPOTrainer):
         check_prompts(bound.arguments.get("train_dataset"), bound.arguments.get("processing_class"))
         check_models_are_loaded(args, model, reward_funcs, bound.arguments.get("peft_config"))
         check_base(args, model, bound.arguments.get("quantization_config"))
-        with server_client():
+        with server_client(), adapter_sync(merge=args.vllm_merge_lora):
             super().__init__(*bound.args, **bound.kwargs)
         check_attributes(self)
         self._reward_calls = RewardCalls(

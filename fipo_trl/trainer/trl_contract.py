@@ -5,6 +5,7 @@
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -65,6 +66,9 @@ OF_CLIENT = {
     "_start_weight_update": "",
     "_finish_weight_update": "",
 }
+# Methods of what samples with vLLM, which `lora_sync.py` overrides or calls: all their parameters
+OF_GENERATION = {"_init_vllm": "", "sync_weights": ""}
+OF_LLM = {"generate", "reset_prefix_cache", "sleep", "wake_up"}  # all that it asks vLLM's `LLM` for, to sample
 GENERATED = 8  # values that `_generate` returns
 # Attributes of every trainer
 ATTRIBUTES = (
@@ -124,6 +128,22 @@ def check_client(client_class: type):
         RuntimeError: as `check_contract`.
     """
     _refuse(_changed(client_class, OF_CLIENT), "VLLMClient")
+
+
+def check_generation(generation_class: type):
+    """Refuse a TRL that samples with vLLM otherwise, where an adapter is to be given to the engine.
+
+    Raises:
+        RuntimeError: as `check_contract`.
+    """
+    faults = _changed(generation_class, OF_GENERATION)
+    try:
+        source = inspect.getsource(generation_class)
+    except OSError:
+        source = ""
+    asked = set(re.findall(r"self\.llm\.(\w+)\(", source))  # which the base would answer, without the adapter
+    faults += [f"self.llm.{name} is called" for name in sorted(asked - OF_LLM)]
+    _refuse(faults, "VLLMGeneration")
 
 
 def check_attributes(trainer: GRPOTrainer):

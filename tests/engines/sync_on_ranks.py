@@ -6,6 +6,7 @@ was started so; a colocated one is started so here.
 
 import functools
 import glob
+import time
 from pathlib import Path
 
 from cpu_ranks import held
@@ -15,12 +16,16 @@ from tiny import PROMPTS, Dataset, logged, longer_is_better, make_args
 from trl.generation import vllm_generation
 
 from fipo_trl import FIPOTrainer
+from fipo_trl.trainer import lora_sync
 
 
 SYNCED = 3  # generations, before the one without a sync
 
 
-def train(folder: str, model: str, lora: bool, settings: dict) -> dict:
+def train(folder: str, model: str, lora: bool, settings: dict, merged: bool = False, rank: int = 4) -> dict:
+    """`merged`: a LoRA adapter of this rank goes TRL's way."""
+    if merged:
+        lora_sync.why_merged = lambda generation: "a test"
     vllm_generation.LLM = functools.partial(vllm_generation.LLM, dtype="float32", enforce_eager=True)
     trainer = FIPOTrainer(
         model=model,
@@ -34,11 +39,12 @@ def train(folder: str, model: str, lora: bool, settings: dict) -> dict:
             **settings,
         ),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-        peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None,
+        peft_config=LoraConfig(r=rank, target_modules="all-linear") if lora else None,
     )
     trainer.add_callback(MoveTheWeights(trainer, SYNCED))
-    trainer.train()
     generation = trainer.vllm_generation
+    syncs = counted(generation) if generation.mode == "colocate" else []
+    trainer.train()
     if generation.mode == "colocate" and generation.tensor_parallel_size > 1:
         # Memory that ranks share; a forked one ends without vLLM's clean-up
         from vllm.distributed.parallel_state import get_tp_group
@@ -49,9 +55,37 @@ def train(folder: str, model: str, lora: bool, settings: dict) -> dict:
     return {
         "held": held(trainer),
         "tensor_parallel": generation.tensor_parallel_size,
+        "serves_adapter": generation.serves_adapter,
         "mean": logged(trainer, "engine_mismatch/mean"),
         "nan_tokens": logged(trainer, "engine_mismatch/nan_tokens"),
+        "syncs": syncs,
     }
+
+
+def counted(generation) -> list[tuple[int, float]]:
+    """Bytes that come into the engine of this rank, and seconds, of each sync from now on."""
+    syncs, moved = [], [0]
+    sync_weights = generation.sync_weights
+
+    def count(owner, name):
+        method = getattr(owner, name)
+
+        def counting(weights):
+            moved[0] += sum(weight.nbytes for _, weight in (weights.items() if name == "serve" else weights))
+            return method(weights)
+
+        setattr(owner, name, counting)
+
+    def sync():
+        moved[0], start = 0, time.perf_counter()
+        sync_weights()
+        syncs.append((moved[0], time.perf_counter() - start))
+
+    count(generation.llm.llm_engine.model_executor.driver_worker.model_runner.model, "load_weights")
+    if generation.serves_adapter:
+        count(generation.llm, "serve")
+    generation.sync_weights = sync
+    return syncs
 
 
 def check(seen: dict):

@@ -40,6 +40,7 @@ def test_trained_weights_reach_the_engine(results, case):
     *synced, cut = results[case]["max"]
     assert len(synced) == 6
     assert results[case]["dtype"] == "torch.float32"
+    assert results[case]["serves_adapter"] is case.startswith("lora")
     assert max(synced) < 1e-3  # 3e-5 was measured
     assert cut > 1e-2  # a sync that is cut does not pass for one; 0.06 to 20 was measured
     assert sum(results[case]["nan_tokens"]) == 0

@@ -50,7 +50,26 @@ def test_sharded_weights_reach_the_engine(tmp_path, ranks, model, launch, tensor
         assert engine in seen["held"]["engine"]
         assert seen["held"]["weights"] < 0.9  # a share of them
         assert seen["tensor_parallel"] == tensor_parallel
+        assert seen["serves_adapter"] is lora
     check(returned[0])
+
+
+def test_an_adapter_is_less_than_the_model(tmp_path, ranks, model):
+    """`pytest -s` prints bytes and seconds of the syncs of rank 0, the first of which brings the base, too."""
+    settings = {"vllm_mode": "colocate", "vllm_max_model_length": 64}
+    seen = {}
+    for way in ("merged", "adapter"):
+        arguments = (tmp_path, model, True, settings, way == "merged", 2)
+        first, second = ranks.run("sync_on_ranks:train", *arguments, launch=FSDP2)
+        check(first)
+        seen[way] = [(moved, round(seconds, 3)) for moved, seconds in first["syncs"]]
+        assert [moved for moved, _ in first["syncs"]] == [moved for moved, _ in second["syncs"]]
+    print(seen)
+    (base, _), *later = seen["adapter"]
+    assert len(later) == 2
+    for (merged, _), (adapter, _) in zip(seen["merged"][1:], later, strict=True):
+        assert adapter < 0.05 * merged
+        assert base == merged + adapter
 
 
 def test_the_command_ends_with_0(tmp_path, model):

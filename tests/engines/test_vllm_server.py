@@ -112,6 +112,7 @@ def test_trained_weights_reach_the_server(tmp_path, ranks, port, launch, lora):
     returned = ranks.run("sync_on_ranks:train", tmp_path, BASE, lora, settings, processes=processes, launch=launch)
     if launch:
         assert all(rank["held"]["DTensor"] for rank in returned)
+    assert not any(rank["serves_adapter"] for rank in returned)
     check(returned[0])
 
 

@@ -136,6 +136,7 @@ def run(case: str, folder: Path) -> dict:
     trainer.train()
     return {
         "gemm": utils.dispatch_cpu_unquantized_gemm.__qualname__,
+        "serves_adapter": trainer.vllm_generation.serves_adapter,
         "dtype": str(trainer.vllm_generation.llm.llm_engine.model_config.dtype),
         "mean": logged(trainer, "engine_mismatch/mean"),
         "max": logged(trainer, "engine_mismatch/max"),

@@ -167,6 +167,19 @@ def test_sharding_divides_the_states_and_nothing_else():
     assert sum(many.values()) < sum(one.values()) < 80 * GIB
 
 
+@pytest.mark.parametrize(
+    ("settings", "merged"),
+    [([], False), (["--use_dora", "true"], True), (["--lora_modules_to_save", "norm"], True)],
+)
+def test_an_adapter_that_vllm_serves_is_not_merged(settings, merged):
+    """Nor is the model gathered for it, and a sleeping engine keeps its weights."""
+    flags = ["--config", "recipes/tiny/fipo_vllm.yaml", "--use_peft", "true", "--lora_target_modules", "all-linear"]
+    run = make_plan([*flags, "--vllm_enable_sleep_mode", "true", *settings], world_size=2, sharding="zero3")
+    assert run.merged_adapter is merged
+    assert ("weights gathered to merge LoRA" in sizes(memory.rollout_memory(run, 80 * GIB))) is merged
+    assert ("vLLM, asleep" in sizes(memory.update_memory(run, 80 * GIB))) is not merged
+
+
 def test_unsynchronized_gradients_are_counted():
     flags = ["--config", FIPO_32B, "--accelerator_config", "{}"]
     run = make_plan(flags, **ON_16_NODES)

@@ -1,10 +1,14 @@
 """The benchmarks run, and what they print is the table that their help promises. No test guards a time."""
 
+import os
 import re
 import runpy
+import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
+from conftest import ROOT
 
 
 @pytest.mark.parametrize(
@@ -54,3 +58,27 @@ def test_quick(monkeypatch, capsys, command, columns):
         shares = [float(share) for share in rows[1].split("|")[-2].split(",")]
         grouped, grpo, ungrouped, trimmed = shares
         assert grouped > trimmed > grpo == ungrouped
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_lora_sync():
+    """In a process of its own, as vLLM's engines stay until it ends."""
+    run = subprocess.run(
+        [sys.executable, "scripts/benchmark.py", "lora-sync", "--quick"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    header, _, *rows = [line.split("|")[1:-1] for line in run.stdout.splitlines() if line.startswith("|")]
+    columns = [cell.strip() for cell in header]
+    assert len(rows) == 2
+    for row in rows:
+        cells = dict(zip(columns, (float(cell.split()[0]) if i else None for i, cell in enumerate(row)), strict=True))
+        assert 0 < cells["adapter, MB"] < 0.05 * cells["merged, MB"]
+        assert cells["base moved, adapter"] == 0
+        assert max(cells["mismatch, adapter"], cells["mismatch, merged"]) < cells["mismatch, sync cut"] / 3
+    assert "python scripts/benchmark.py lora-sync --quick" in run.stdout

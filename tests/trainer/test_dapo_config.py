@@ -28,6 +28,11 @@ def test_one_update_per_generation_is_allowed(tmp_path):
     assert trainer.state.global_step == 2
 
 
+def test_merging_an_adapter_without_vllm_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="vllm_merge_lora=True does nothing without vLLM. Remove it, or set use_vllm"):
+        make_args(tmp_path, DAPOConfig, vllm_merge_lora=True)
+
+
 @pytest.mark.parametrize(("trainer_class", "config_class"), [(DAPOTrainer, FIPOConfig), (FIPOTrainer, DAPOConfig)])
 def test_the_configuration_of_the_other_trainer_is_refused(tmp_path, trainer_class, config_class):
     wanted = trainer_class._config_class.__name__

@@ -18,11 +18,14 @@ from packaging.specifiers import SpecifierSet
 from tiny import PROMPTS, fixed_rollouts, generate, longer_is_better, make_trainer, token_logps
 from trl import GRPOTrainer
 from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer import grpo_trainer
 
 import fipo_trl
 from fipo_trl import DAPOTrainer, FIPOTrainer
-from fipo_trl.trainer import trl_contract
-from fipo_trl.trainer.trl_contract import check_attributes, check_client, check_contract
+from fipo_trl.trainer import lora_sync, trl_contract
+from fipo_trl.trainer.lora_sync import AdapterGeneration
+from fipo_trl.trainer.trl_contract import check_attributes, check_client, check_contract, check_generation
 from fipo_trl.trainer.vllm_server import ServerClient
 
 
@@ -310,6 +313,27 @@ def test_this_trl_has_the_client_that_is_extended():
     )
     with pytest.raises(RuntimeError, match=expected):
         check_client(Other)
+
+
+def test_this_trl_samples_with_vllm_as_adapters_are_given_to_it():
+    check_generation(VLLMGeneration)
+    methods = {name for name in vars(AdapterGeneration) if hasattr(VLLMGeneration, name) and name[:2] != "__"}
+    assert methods == trl_contract.OF_GENERATION.keys()
+    assert grpo_trainer.VLLMGeneration is VLLMGeneration  # as it is outside of `adapter_sync`
+    source = inspect.getsource(VLLMGeneration)
+    assert set(re.findall(r"self\.llm\.(\w+)\(", source)) == trl_contract.OF_LLM
+    assert "self.llm = LLM(\n" in source
+    uses = "".join(map(inspect.getsource, (AdapterGeneration, lora_sync.why_merged, lora_sync.unserved_model)))
+    used = set(re.findall(r"\b(?:self|generation)\.(\w+)", uses))
+    own = {"serves_adapter", "_has_base", *methods}
+    assert [name for name in sorted(used - own) if not re.search(rf"self\.{name} = ", source)] == []
+
+    class Chats(VLLMGeneration):
+        def generate(self, prompts):
+            return self.llm.chat(prompts)
+
+    with pytest.raises(RuntimeError, match=r"In VLLMGeneration:\n  self\.llm\.chat is called\n"):
+        check_generation(Chats)
 
 
 @pytest.mark.parametrize("method", sorted(trl_contract.OVERRIDDEN.keys() | trl_contract.CALLED.keys()))
