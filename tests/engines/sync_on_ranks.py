@@ -16,7 +16,6 @@ from tiny import PROMPTS, Dataset, logged, longer_is_better, make_args
 from trl.generation import vllm_generation
 
 from fipo_trl import FIPOTrainer
-from fipo_trl.trainer import lora_sync
 
 
 SYNCED = 3  # generations, before the one without a sync
@@ -24,8 +23,6 @@ SYNCED = 3  # generations, before the one without a sync
 
 def train(folder: str, model: str, lora: bool, settings: dict, merged: bool = False, rank: int = 4) -> dict:
     """`merged`: a LoRA adapter of this rank goes TRL's way."""
-    if merged:
-        lora_sync.why_merged = lambda generation: "a test"
     vllm_generation.LLM = functools.partial(vllm_generation.LLM, dtype="float32", enforce_eager=True)
     trainer = FIPOTrainer(
         model=model,
@@ -36,6 +33,7 @@ def train(folder: str, model: str, lora: bool, settings: dict, merged: bool = Fa
             steps_per_generation=2,
             max_steps=2 * (SYNCED + 1),
             learning_rate=1e-3,
+            vllm_merge_lora=merged,
             **settings,
         ),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),

@@ -29,7 +29,7 @@ def test_one_update_per_generation_is_allowed(tmp_path):
 
 
 def test_merging_an_adapter_without_vllm_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="vllm_merge_lora=True does nothing without vLLM. Remove it, or set use_vllm"):
+    with pytest.raises(ValueError, match="vllm_merge_lora=True does nothing without vLLM"):
         make_args(tmp_path, DAPOConfig, vllm_merge_lora=True)
 
 

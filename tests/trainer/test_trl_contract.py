@@ -325,7 +325,7 @@ def test_this_trl_samples_with_vllm_as_adapters_are_given_to_it():
     assert "self.llm = LLM(\n" in source
     uses = "".join(map(inspect.getsource, (AdapterGeneration, lora_sync.why_merged, lora_sync.unserved_model)))
     used = set(re.findall(r"\b(?:self|generation)\.(\w+)", uses))
-    own = {"serves_adapter", "_has_base", *methods}
+    own = {"merge", "serves_adapter", "_has_base", *methods}
     assert [name for name in sorted(used - own) if not re.search(rf"self\.{name} = ", source)] == []
 
     class Chats(VLLMGeneration):
