@@ -13,7 +13,7 @@ import re
 from random import Random
 
 from recipes.tiny.running_sums import ALPHABET as TINY_ALPHABET
-from recipes.tiny.running_sums import MODULUS, correct_answer
+from recipes.tiny.running_sums import MODULUS, correct_answer, walked_answer
 
 
 MARKS = ":=>"
@@ -36,20 +36,11 @@ def worked_answer(rng: Random, prompt: str, max_walks: int, slip: float) -> str:
         slip: Probability per step of the first walk that the running sum is one of the four wrong digits; `CARE` times
             as large in each further walk.
     """
-    walks: list[str] = []
-    ends: list[int] = []
-    while len(walks) < max_walks:
-        walk, total = "", 0
-        for key, digit in zip(prompt[:-1:2], prompt[1:-1:2], strict=True):
-            wrong_by = rng.randrange(1, MODULUS) if rng.random() < slip * CARE ** len(walks) else 0
-            total = (total + int(digit) + wrong_by) % MODULUS
-            walk += f"{key}{digit}{rng.choice(MARKS)}{total}{rng.choice(ENDS)}"
-        agrees = total in ends
-        walks.append(walk)
-        ends.append(total)
-        if agrees:
-            break
-    return f"{'?'.join(walks)}A:{ends[-1]}"
+
+    def step(key: str, digit: str, total: int) -> str:
+        return f"{key}{digit}{rng.choice(MARKS)}{total}{rng.choice(ENDS)}"
+
+    return walked_answer(rng, prompt, max_walks, slip, CARE, step)
 
 
 def kind_of_answer(completion: str) -> str:

@@ -14,6 +14,7 @@ more care than the one before it. So checks pay, and their share shows whether t
 """
 
 import re
+from collections.abc import Callable
 from random import Random
 from string import ascii_lowercase
 
@@ -74,14 +75,26 @@ def worked_answer(rng: Random, prompt: str, max_walks: int, slip: float = 0.0) -
         raise ValueError(f"need max_walks >= 0 and slip in [0, 1], got {max_walks} and {slip}")
     if max_walks == 0:
         return f"A:{rng.randrange(MODULUS)}"
+    return walked_answer(rng, prompt, max_walks, slip, CARE, "{}{}:{} ".format)
+
+
+def walked_answer(
+    rng: Random, prompt: str, max_walks: int, slip: float, care: float, step: Callable[[str, str, int], str]
+) -> str:
+    """The answer of `worked_answer` with a walk or more.
+
+    Args:
+        care: A further walk slips this many times as often as the walk before it.
+        step: (key, digit, running sum) -> how a step is written.
+    """
     walks: list[str] = []
     ends: list[int] = []
     while len(walks) < max_walks:
         walk, total = "", 0
         for key, digit in zip(prompt[:-1:2], prompt[1:-1:2], strict=True):
-            wrong_by = rng.randrange(1, MODULUS) if rng.random() < slip * CARE ** len(walks) else 0
+            wrong_by = rng.randrange(1, MODULUS) if rng.random() < slip * care ** len(walks) else 0
             total = (total + int(digit) + wrong_by) % MODULUS
-            walk += f"{key}{digit}:{total} "
+            walk += step(key, digit, total)
         agrees = total in ends
         walks.append(walk)
         ends.append(total)
