@@ -74,14 +74,18 @@ class Plan:
         return self.training.use_vllm and self.training.vllm_mode == "colocate"
 
     @cached_property
+    def meta_model(self):
+        """The model, with its adapter, without its weights."""
+        return meta_model(self.config, get_peft_config(self.model))
+
+    @property
     def merged_adapter(self) -> bool:
         """Whether vLLM gets all weights, with a LoRA adapter merged into them, in place of the adapter alone."""
-        peft_config = get_peft_config(self.model)
-        if peft_config is None or not self.training.use_vllm:
+        if not self.model.use_peft or not self.training.use_vllm:
             return False
         if self.training.vllm_merge_lora or not self.colocated:
             return True
-        return unserved_adapter(meta_model(self.config, peft_config)) is not None
+        return unserved_adapter(self.meta_model) is not None
 
     @property
     def engines(self) -> int:
@@ -106,7 +110,7 @@ class Plan:
 
     @cached_property
     def parameters(self) -> Parameters:
-        return count_parameters(self.config, get_peft_config(self.model))
+        return count_parameters(self.meta_model)
 
     @property
     def weight_bytes(self) -> float:
@@ -145,9 +149,8 @@ def meta_model(config: PretrainedConfig, peft_config=None):
         return model if peft_config is None else get_peft_model(model, peft_config)
 
 
-def count_parameters(config: PretrainedConfig, peft_config=None) -> Parameters:
-    """Build the model (with its adapter) on the meta device, and count."""
-    model = meta_model(config, peft_config)
+def count_parameters(model) -> Parameters:
+    """Count those of a model, with its adapter; its weights are not read."""
     names = set(model._no_split_modules or [])
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return Parameters(

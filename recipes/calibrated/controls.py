@@ -10,6 +10,7 @@ All else is FIPO's: the settings, the completions that leave the loss, what is l
 weights are those of the weights that the loss applied; `fipo/future_kl` is FIPO's.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 
 import numpy as np
@@ -21,12 +22,12 @@ from fipo_trl.objective.influence import InfluenceWeights
 from recipes.calibrated.task import decisive_tokens
 
 
-class ControlTrainer(FIPOTrainer):
+class ControlTrainer(FIPOTrainer, ABC):
     """FIPO with the weights of `_control`."""
 
+    @abstractmethod
     def _control(self, weights: Tensor, scored: Tensor) -> Tensor:
         """The weights (B, T) to apply in place of FIPO's. Both arguments are (B, T), `scored` is bool."""
-        raise NotImplementedError
 
     def _influence(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> InfluenceWeights:
         influence = super()._influence(log_ratio, advantages, mask)
@@ -40,7 +41,13 @@ class UnappliedWeightsTrainer(FIPOTrainer):
 
     def _influence(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> InfluenceWeights:
         influence = super()._influence(log_ratio, advantages, mask)
-        return replace(influence, weights=torch.ones_like(influence.weights), kept=torch.ones_like(influence.kept))
+        none = torch.zeros_like(influence.statistics.dropped_tokens)
+        return replace(
+            influence,
+            weights=torch.ones_like(influence.weights),
+            kept=torch.ones_like(influence.kept),
+            statistics=influence.statistics._replace(dropped_sequences=none, dropped_tokens=none),
+        )
 
 
 class ShuffledWeightsTrainer(ControlTrainer):

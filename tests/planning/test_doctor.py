@@ -57,14 +57,14 @@ def sizes(parts):
     ],
 )
 def test_shapes_of_public_models(name, published):
-    count = plan.count_parameters(model_limits.public_config(name))
+    count = plan.count_parameters(plan.meta_model(model_limits.public_config(name)))
     assert count.total == count.trainable == published
 
 
 def test_parameters_of_a_local_model():
     config = model_limits.find_config(ModelConfig(model_name_or_path=BASE))
     model = AutoModelForCausalLM.from_pretrained(BASE)
-    count = plan.count_parameters(config)
+    count = plan.count_parameters(plan.meta_model(config))
     assert count.total == model.num_parameters()
     assert count.head == 0  # tied
     assert count.embedding == model.get_input_embeddings().weight.numel()
@@ -75,7 +75,7 @@ def test_parameters_of_an_adapter():
     config = Qwen2Config(
         hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
     )
-    count = plan.count_parameters(config, LoraConfig(r=4, target_modules="all-linear"))
+    count = plan.count_parameters(plan.meta_model(config, LoraConfig(r=4, target_modules="all-linear")))
     per_layer = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]  # q k v o, gate up down
     assert count.trainable == 3 * sum(4 * (inputs + outputs) for inputs, outputs in per_layer)
 

@@ -5,7 +5,14 @@ import reference
 import torch
 from tiny import fixed_rollouts, generate, gradients, last_update, logged, make_trainer, parameters, token_logps
 
-from recipes.calibrated.controls import ConstantWeightTrainer, OracleTrainer, ShuffledWeightsTrainer
+from fipo_trl import DAPOTrainer
+from recipes.calibrated.controls import (
+    ConstantWeightTrainer,
+    ControlTrainer,
+    OracleTrainer,
+    ShuffledWeightsTrainer,
+    UnappliedWeightsTrainer,
+)
 
 
 BOUNDS = {"influence_weight_min": 0.8, "influence_weight_max": 1.2}
@@ -93,6 +100,27 @@ def test_oracle_weights_are_those_of_the_task(tmp_path):
         assert weights[row][where].tolist() == pytest.approx(expected)
         decisive += expected.count(1.2)
     assert decisive > 0
+
+
+def test_a_control_without_weights_of_its_own_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="_control"):
+        make_trainer(tmp_path, ControlTrainer, **BOUNDS)
+
+
+def test_unapplied_weights_are_counted_and_the_run_is_dapo(tmp_path):
+    schedule = {"keywords": {"rollout_func": fixed_rollouts}, "max_steps": 10, "group_by_length": False}
+    unapplied = make_trainer(tmp_path, UnappliedWeightsTrainer, **schedule, **BOUNDS)
+    unapplied.train()
+    dapo = make_trainer(tmp_path, DAPOTrainer, **schedule)
+    dapo.train()
+    assert all(torch.equal(value, parameters(dapo)[name]) for name, value in parameters(unapplied).items())
+    assert any(0 < share < 1 for share in logged(unapplied, "fipo/active_fraction"))
+    trainer, inputs = moved_policy(tmp_path, UnappliedWeightsTrainer)
+    fipo, weights, scored = applied(trainer, inputs)
+    assert torch.equal(weights[scored], torch.ones_like(weights[scored]))
+    last_update(trainer)
+    (mean,) = trainer._metrics["train"]["fipo/influence_weight/mean"]
+    assert mean == pytest.approx(fipo[scored].mean().item(), rel=1e-5)
 
 
 def test_oracle_of_too_few_values_is_refused(tmp_path):
