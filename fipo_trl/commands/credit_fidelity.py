@@ -1,7 +1,6 @@
 """Compare what FIPO made of tokens with their true credit."""
 
 import argparse
-import importlib.util
 import json
 import logging
 import sys
@@ -16,6 +15,7 @@ from fipo_trl.analysis.token_credit_page import CREDIT_FOLDER
 from fipo_trl.analysis.true_credit import CreditSettings, Task, Trace, credit_of, policy_of, write_tokens
 from fipo_trl.commands.status import INTERRUPTED, refuse
 from fipo_trl.evaluation.evaluate import versions_of
+from fipo_trl.evaluation.settings import check_backend
 from fipo_trl.recipe.validate import read_and_validate
 from fipo_trl.trainer.token_credit import read_trace, traced_steps
 
@@ -66,10 +66,7 @@ def read_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for name, least in [("answers", 1), ("positions", 1), ("samples", 4), ("parts", 1), ("batch_size", 1)]:
         if (value := getattr(options, name)) is not None and value < least:
             refuse(f"--{name}={value} must be at least {least}.")
-    if options.backend == "vllm" and importlib.util.find_spec("vllm") is None:
-        refuse('--backend=vllm, but vLLM is not installed. pip install ".[vllm]" in a clone, or use transformers.')
-    if options.backend != "vllm" and options.tensor_parallel_size != 1:
-        refuse(f"--tensor_parallel_size={options.tensor_parallel_size} is for --backend vllm. Remove it.")
+    check_backend(options.backend, options.tensor_parallel_size)
     if options.policy is not None and len(options.step or []) != 1:
         refuse("--policy is the policy of one trace. Give one --step with it.")
     return options, flags

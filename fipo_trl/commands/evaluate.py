@@ -1,7 +1,6 @@
 """Evaluate a saved model, or compare two evaluations."""
 
 import argparse
-import importlib.util
 import logging
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from fipo_trl.evaluation.evaluate import EvaluationSettings, evaluate, versions_
 from fipo_trl.evaluation.problems import load_evaluation
 from fipo_trl.evaluation.sampling import AT_ONCE, TOKENS_AT_ONCE
 from fipo_trl.evaluation.saved_model import SavedModel
-from fipo_trl.evaluation.settings import check_sampling
+from fipo_trl.evaluation.settings import check_backend, check_sampling
 from fipo_trl.evaluation.tables import compare, table
 from fipo_trl.planning.paper import RESULTS
 from fipo_trl.recipe.arguments import as_mapping
@@ -108,10 +107,7 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("max_tokens", "batch_size"):
         if (value := getattr(options, name)) is not None and value < 1:
             refuse(f"--{name}={value} must be at least 1.")
-    if options.backend == "vllm" and importlib.util.find_spec("vllm") is None:
-        refuse('--backend=vllm, but vLLM is not installed. pip install ".[vllm]" in a clone, or use transformers.')
-    if options.backend != "vllm" and options.tensor_parallel_size != 1:
-        refuse(f"--tensor_parallel_size={options.tensor_parallel_size} is for --backend vllm. Remove it.")
+    check_backend(options.backend, options.tensor_parallel_size)
     return options
 
 

@@ -1,5 +1,6 @@
 """Bounds of the settings by which answers are sampled for an evaluation."""
 
+import importlib.util
 import math
 
 
@@ -21,3 +22,13 @@ def check_sampling(n: int, temperature: float, top_p: float, names: tuple[str, s
         )
     if not 0 < top_p <= 1:
         raise ValueError(f"{names[2]}={top_p} must be greater than 0 and at most 1. The paper evaluates at 0.7.")
+
+
+def check_backend(backend: str, tensor_parallel_size: int):
+    """Raise a `ValueError` where vLLM shall sample and is not there, or a setting of vLLM is given without it."""
+    if backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ValueError(
+            '--backend=vllm, but vLLM is not installed. pip install ".[vllm]" in a clone, or use transformers.'
+        )
+    if backend != "vllm" and tensor_parallel_size != 1:
+        raise ValueError(f"--tensor_parallel_size={tensor_parallel_size} is for --backend vllm. Remove it.")

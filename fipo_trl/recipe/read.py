@@ -129,10 +129,15 @@ def read(arguments: Iterable[str]) -> Written:
         raise ValueError(f"{where}: '{name}' is a setting of FIPO, and trainer={wanted} does not read it. Remove it.")
     spelled = {option.lstrip("-").replace("-", "_") for action in parser._actions for option in action.option_strings}
     refuse_unknown(names_of(flags), spelled, "argument")
-    recipe = {name: value for name, value in settings.items() if name not in ignored}
+    path = options.config or ""
+    recipe = checked(path, {name: value for name, value in settings.items() if name not in ignored}, parser)
+    if ignored:  # a slip in what this trainer does not read is told all the same
+        parser = Parser(FIPOConfig)
+        of_fipo = checked(path, {name: settings[name] for name in ignored}, parser)
+        parser.parse_known_args([f"--{name}={value}" for name, value in of_fipo.items()])
     return Written(
         path=options.config,
-        recipe=checked(options.config or "", recipe, parser),
+        recipe=recipe,
         env=env,
         flags=tuple(flags),
         config_class=config_class,

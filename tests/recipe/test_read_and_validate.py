@@ -33,6 +33,14 @@ def test_a_shared_recipe_says_once_what_dapo_ignores(tmp_path, caplog):
     assert messages == [f"trainer=dapo does not read these settings of FIPO in {RECIPE}: {', '.join(shared)}."]
 
 
+@pytest.mark.parametrize("value", ["long", "[8, 32]", "null"])
+def test_a_slip_in_a_setting_that_dapo_ignores_is_told(tmp_path, value):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(re.sub("(?m)^future_kl_half_life.*$", f"future_kl_half_life: {value}", Path(RECIPE).read_text()))
+    with pytest.raises(ValueError, match="future_kl_half_life"):
+        read(["--config", str(recipe), "--trainer", "dapo"])
+
+
 @pytest.mark.parametrize("name", sorted(OF_FIPO))
 def test_a_flag_of_fipo_is_an_error_for_dapo(name):
     with pytest.raises(ValueError, match=f"argument: '{name}' is a setting of FIPO, and trainer=dapo does not read"):
