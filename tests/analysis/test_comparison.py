@@ -26,6 +26,7 @@ from fipo_trl.analysis.comparison import (
     updates_to,
 )
 from fipo_trl.analysis.report import Run
+from fipo_trl.analysis.study_results import read_part
 from fipo_trl.evaluation.results import write_results
 
 
@@ -273,3 +274,22 @@ def test_tables_of_the_study_are_those_of_its_results():
         for metric in ("avg@32", "mean_length"):
             for kind in ("mean", "minus_control")[: 1 + (arm != "DAPO")]:
                 assert cell(compared[arm][kind][metric], row_of(metric), signed=kind != "mean") in row
+
+
+def test_tables_of_the_calibrated_study_are_those_of_its_results():
+    folder, endpoints = ROOT / "recipes" / "calibrated", ("reward", "avg@4", "mean_length")
+    results = read_part(folder / "results.json")
+    runs = {arm: part["runs"] for arm, part in results["arms"].items()}
+    compared, tested = compare(runs), compare_endpoints(runs, endpoints)
+    text = (folder / "README.md").read_text()
+    shown = {name: row_of(name)._replace(decimals=0 if name == "mean_length" else 1) for name in endpoints}
+    for arm, part in compared.items():
+        cells = [
+            cell(part[kind][name], row, signed=kind != "mean") if kind == "mean" or arm != "DAPO" else ""
+            for name, row in shown.items()
+            for kind in ("mean", "minus_control")
+        ]
+        assert f"| {arm} | {' | '.join(cells)} |".replace("|  |", "| |") in text
+    for arm, tests in tested.items():
+        cells = [f"{tests[name].p:.3f}" for name in endpoints] + [f"{tests[name].p_holm:.2f}" for name in endpoints]
+        assert f"| {arm} | {' | '.join(cells)} |" in text
