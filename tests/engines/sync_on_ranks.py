@@ -4,17 +4,22 @@ The engine computes in float32, like the trainer, so that nothing but wrong weig
 was started so; a colocated one is started so here.
 """
 
+import contextlib
 import functools
 import glob
+import os
+import signal
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from cpu_ranks import held
+from held import lives
 from moved_weights import MoveTheWeights
 from peft import LoraConfig
 from tiny import PROMPTS, Dataset, logged, longer_is_better, make_args
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.generation import vllm_generation
 
 from fipo_trl import FIPOTrainer
@@ -93,6 +98,36 @@ def answers(folder: str, model: str, settings: dict) -> dict:
         seen["trainer"].append(greedy(trainer))
         seen["known"].append([each["id"] for each in client._get(f"{client.base_url}/v1/models")["data"]])
     return seen
+
+
+def bereaved(folder: str, model: str, settings: dict, server: int) -> str:
+    """What a rank says when the server, a process of this number, is killed between two generations."""
+    trainer = make_trainer(folder, model, True, settings)
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if trainer.accelerator.is_main_process and state.global_step == args.updates_per_generation:
+                kill(server)
+
+    trainer.add_callback(Kill())
+    try:
+        trainer.train()
+    except ConnectionError as error:
+        return str(error)
+    return ""
+
+
+def kill(server: int):
+    """With -9. Its other processes are left to clean up, and must not outlive the test."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        others = psutil.Process(server).children(recursive=True)
+        os.kill(server, signal.SIGKILL)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            deadline = time.monotonic() + 30
+            for process in filter(lives, others):
+                process.send_signal(number)
+            while any(map(lives, others)) and time.monotonic() < deadline:
+                time.sleep(0.05)
 
 
 def counted(generation) -> list[tuple[int, float]]:

@@ -4,20 +4,18 @@ import contextlib
 import importlib.util
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from itertools import dropwhile
 from pathlib import Path
 
-import psutil
 import pytest
 import requests
 import torch
 from cpu_ranks import FSDP2, Ranks, free_port
-from held import PATIENCE, REWARD, HeldRun, lives
-from sync_on_ranks import check
+from held import PATIENCE, REWARD, HeldRun
+from sync_on_ranks import check, kill
 from tiny import BASE
 
 from fipo_trl.trainer.vllm_server import ServerClient
@@ -72,17 +70,8 @@ class Server:
             time.sleep(0.2)
 
     def kill(self):
-        """With -9. Its other processes are left to clean up, and must not outlive the test."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            others = psutil.Process(self.process.pid).children(recursive=True)
-            self.process.kill()
-            self.process.wait()
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                deadline = time.monotonic() + 30
-                for process in filter(lives, others):
-                    process.send_signal(number)
-                while any(map(lives, others)) and time.monotonic() < deadline:
-                    time.sleep(0.05)
+        kill(self.process.pid)
+        self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +149,13 @@ def test_a_server_for_adapters_takes_merged_weights(tmp_path, ranks, for_adapter
     (seen,) = ranks.run("sync_on_ranks:train", tmp_path, BASE, True, at(for_adapters), True, processes=1)
     assert not seen["serves_adapter"]
     check(seen)
+
+
+def test_a_server_that_dies_takes_no_adapter_and_all_processes_learn_it(tmp_path, ranks, for_adapters):
+    """The last test of this server."""
+    settings, pid = at(for_adapters), for_adapters.process.pid
+    for error in ranks.run("sync_on_ranks:bereaved", tmp_path, BASE, settings, pid, launch=FSDP2):
+        assert f"The vLLM server at {for_adapters.url} does not answer" in error
 
 
 def test_a_server_that_dies_ends_the_run_with_a_checkpoint_and_a_new_one_lets_it_go_on(tmp_path, server, ranks, port):
