@@ -93,7 +93,8 @@ class AdapterGeneration(VLLMGeneration):
             self._adapter_dtype = room.dtype
         self.serves_adapter = reason is None
         if reason is None:
-            asleep = " While it sleeps, its weights lie in the CPU's memory." if self.enable_sleep_mode else ""
+            sleeps = self.mode == "colocate" and self.enable_sleep_mode
+            asleep = " While it sleeps, its weights lie in the CPU's memory." if sleeps else ""
             logger.info(f"vLLM serves the base, and gets the LoRA adapter alone for each generation.{asleep}")
         else:
             logger.warning(

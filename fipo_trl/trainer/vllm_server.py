@@ -149,7 +149,7 @@ class ServerClient(VLLMClient):
         )
 
     def room(self) -> Room:
-        """For adapters. None, where the server was started without the options for them."""
+        """For adapters; of rank 0, where the server was started without the options for them."""
         info = self.get_server_info()
         parallel, lora = info["parallel_config"], info["lora_config"]
         # With several engines, each may have a process for requests, which knows the adapters that it loaded
