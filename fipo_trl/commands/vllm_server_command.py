@@ -4,13 +4,18 @@ import argparse
 import json
 import shlex
 import sys
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 import torch
 from trl.scripts import vllm_serve
 
+from fipo_trl.planning.plan import Plan
+from fipo_trl.recipe.model_limits import find_config, public_config
 from fipo_trl.recipe.read import read
-from fipo_trl.recipe.validate import Recipe, read_and_validate
+from fipo_trl.recipe.validate import Recipe, validate
+from fipo_trl.trainer.lora_adapter import engine_rank
+from fipo_trl.trainer.vllm_server import ADAPTER_WORKER
 
 
 DESCRIPTION = """Print how to start the vLLM server that a recipe with vllm_mode: server needs. No GPU is asked for.
@@ -54,8 +59,21 @@ def vllm_server_command(recipe: Recipe, on_cpu: bool = False) -> str:
     if on_cpu:
         arguments[arguments.index("--weight-transfer-config") + 1] = json.dumps({"backend": "gloo"})
         program = [sys.executable, "-m", "fipo_trl.engines.serve_cpu"]
-    # Dev mode has the endpoints through which TRL synchronizes weights
-    return "VLLM_SERVER_DEV_MODE=1 " + shlex.join([*program, *arguments])
+    variables = ["VLLM_SERVER_DEV_MODE=1"]  # with the endpoints through which TRL synchronizes weights
+    if serves_adapter(recipe):
+        arguments += ["--enable-lora", "--max-lora-rank", str(engine_rank(model.lora_r)), "--max-loras", "1"]
+        arguments += ["--worker-extension-cls", ADAPTER_WORKER]
+        variables.append("VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
+    return " ".join([*variables, shlex.join([*program, *arguments])])
+
+
+def serves_adapter(recipe: Recipe) -> bool:
+    """Whether the server gets a LoRA adapter by itself, as far as is known without vLLM."""
+    model = recipe.model
+    if not model.use_peft or recipe.training.vllm_merge_lora:
+        return False
+    config = public_config(model.model_name_or_path) or find_config(model, recipe.training.trust_remote_code)
+    return not Plan(recipe, config).merged_adapter
 
 
 def main(arguments: list[str]):
@@ -70,7 +88,9 @@ def main(arguments: list[str]):
     _, settings = parser.parse_known_args(arguments)
     without_gpu = [] if torch.cuda.is_available() else ["--use_cpu", "true"]  # a login node
     try:
-        on_cpu = "use_cpu" in read(settings).names and read_and_validate(settings).training.use_cpu
-        print(vllm_server_command(read_and_validate([*settings, *without_gpu]), on_cpu))
+        written = read(settings)
+        on_cpu = "use_cpu" in written.names and validate(written).training.use_cpu
+        recipe = validate(replace(written, flags=(*written.flags, *without_gpu)))
+        print(vllm_server_command(recipe, on_cpu))
     except ValueError as error:
         sys.exit(f"error: {error}")

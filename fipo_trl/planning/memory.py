@@ -174,11 +174,12 @@ def rollout_memory(plan: Plan, gpu: float) -> list[Part]:
         cache = f"{engine_cache(plan, gpu):,.0f}"
         taken = f"{args.vllm_gpu_memory_utilization:g} of the GPU: weights, cache for {cache} tokens"
         parts.append(Part("vLLM", taken, engine_memory(plan, gpu)))
+    if args.use_vllm:
         if plan.merged_adapter and plan.sharding == "zero3":
             parts.append(Part("weights gathered to merge LoRA", f"{count.total:,} x 2 B", 2 * count.total))
         elif plan.sharding != "none":
             parts.append(Part("a weight gathered for vLLM", f"{count.embedding:,} x 4 B", 4 * count.embedding))
-    elif not args.use_vllm:
+    else:
         cache = rows * plan.longest * kv_bytes(plan)
         parts.append(
             Part("keys and values", f"{rows:g} rows x {plan.longest:,} tokens x {kv_bytes(plan):,.0f} B", cache)

@@ -83,9 +83,7 @@ class Plan:
         """Whether vLLM gets all weights, with a LoRA adapter merged into them, in place of the adapter alone."""
         if not self.model.use_peft or not self.training.use_vllm:
             return False
-        if self.training.vllm_merge_lora or not self.colocated:
-            return True
-        return unserved_adapter(self.meta_model) is not None
+        return self.training.vllm_merge_lora or unserved_adapter(self.meta_model) is not None
 
     @property
     def engines(self) -> int:

@@ -86,8 +86,8 @@ class DAPOConfig(GRPOConfig):
             are cut only; batches with images are left alone. The reason is logged.
         vllm_merge_lora (`bool`, *optional*, defaults to `False`):
             Whether a LoRA adapter is merged into the weights for vLLM, and all of them sent for every generation, as
-            TRL does it. By default a colocated engine serves the base and gets the adapter alone: a faster sync, and
-            slower sampling.
+            TRL does it. By default vLLM serves the base and gets the adapter alone: a faster sync, and slower
+            sampling.
 
         > Inherited parameters with another default
 
@@ -186,8 +186,8 @@ class DAPOConfig(GRPOConfig):
     vllm_merge_lora: bool = field(
         default=False,
         metadata={
-            "help": "Whether a LoRA adapter is merged into the weights for vLLM, as TRL does it. By default a "
-            "colocated engine gets the adapter alone: a faster sync, and slower sampling."
+            "help": "Whether a LoRA adapter is merged into the weights for vLLM, as TRL does it. By default it "
+            "gets the adapter alone: a faster sync, and slower sampling."
         },
     )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,20 @@ from torch.distributed.tensor import DTensor
 
 
 ENGINE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
+
+
+@dataclass(frozen=True)
+class Room:
+    """What vLLM can serve of adapters: up to which rank, in which precision, of which linear layers."""
+
+    rank: int
+    dtype: torch.dtype
+    modules: set[str]
+
+
+def engine_rank(rank: int) -> int:
+    """For which rank vLLM makes room, where adapters have this one at most."""
+    return next(each for each in ENGINE_RANKS if each >= rank)
 
 
 def unserved_adapter(model: Any) -> str | None:

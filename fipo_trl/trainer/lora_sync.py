@@ -1,9 +1,10 @@
-"""With LoRA, a colocated vLLM engine serves the base and is given the adapter, in memory, for every generation.
+"""With LoRA, vLLM serves the base and is given the adapter, in memory, for every generation.
 
 TRL merges the adapter into the weights, sends all of them, and takes it out again. That moves the whole model, rounds
 where weights are bfloat16, and leaves the rounding in the base. Here the base is sent once, as the trainer has it, and
 after that the adapter alone, under a number of its own. vLLM's cache of prefixes knows adapters by name, and the
-engine holds one at a time: it cannot answer for an older one.
+engine holds one at a time: it cannot answer for an older one. A server gets it over the group that TRL made for
+weights, see `vllm_server.py`.
 
 What vLLM cannot serve as an adapter goes TRL's way, and all does with `vllm_merge_lora`. The log says which way is
 taken, and why.
@@ -16,22 +17,25 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast_object_list, is_peft_model
 from torch import Tensor
 from transformers import ProcessorMixin
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration, empty_cache
 from trl.trainer import grpo_trainer
 
+from fipo_trl.engines.adapter_worker import lora_model, served_modules
 from fipo_trl.trainer.lora_adapter import (
-    ENGINE_RANKS,
+    Room,
     adapter_weights,
     base_name,
     base_weights,
+    engine_rank,
     lora_layers,
     unserved_adapter,
 )
 from fipo_trl.trainer.trl_contract import check_generation
+from fipo_trl.trainer.vllm_server import described
 
 
 logger = get_logger(__name__)
@@ -52,12 +56,13 @@ def adapter_sync(merge: bool) -> Iterator[None]:
 
 
 class AdapterGeneration(VLLMGeneration):
-    """TRL's, but for the sync of a LoRA adapter with a colocated engine. Without LoRA it is TRL's.
+    """TRL's, but for the sync of a LoRA adapter. Without LoRA it is TRL's.
 
     All processes must call `sync_weights`, as they must TRL's.
     """
 
     llm: Any
+    vllm_client: Any  # of a server, in the main process
 
     def __init__(self, merge: bool, *args, **kwargs):
         self.merge = merge
@@ -73,42 +78,76 @@ class AdapterGeneration(VLLMGeneration):
         if reason is not None:
             super()._init_vllm()
         else:
-            engine = vllm_generation.LLM
             rank = max(layer.r[self.model.active_adapter] for _, layer in lora_layers(self.model))
-            vllm_generation.LLM = partial(AdapterEngine, engine, rank)
-            try:
-                super()._init_vllm()
-            finally:
-                vllm_generation.LLM = engine
-            names = {base_name(name) for name, _ in lora_layers(self.model)}
-            unknown = sorted(names - self.llm.served_modules())
-            if unknown:
+            room = self._engine_for(rank) if self.mode == "colocate" else self._room_of_server()
+            unknown = sorted({base_name(name) for name, _ in lora_layers(self.model)} - room.modules)
+            if room.rank < rank:
+                reason = (
+                    f"the vLLM server was started for adapters of rank {room.rank} at most, and this one has {rank}. "
+                    "Start it with the line that `fipo-trl vllm-server-command` prints for this recipe"
+                )
+            elif unknown:
                 reason = f"vLLM does not know {unknown[0]}, one of {len(unknown)} such modules, as one with an adapter"
-                self.llm = self.llm.llm  # which takes merged weights, too
+                if self.mode == "colocate":
+                    self.llm = self.llm.llm  # which takes merged weights, too
+            self._adapter_dtype = room.dtype
         self.serves_adapter = reason is None
         if reason is None:
-            asleep = " While it sleeps, its weights lie in the CPU's memory." if self.enable_sleep_mode else ""
+            sleeps = self.mode == "colocate" and self.enable_sleep_mode
+            asleep = " While it sleeps, its weights lie in the CPU's memory." if sleeps else ""
             logger.info(f"vLLM serves the base, and gets the LoRA adapter alone for each generation.{asleep}")
         else:
             logger.warning(
                 f"For each generation the LoRA adapter is merged and vLLM gets all weights, as TRL does it: {reason}."
             )
 
+    def _engine_for(self, rank: int) -> Room:
+        """Start an engine for adapters of this rank."""
+        engine = vllm_generation.LLM
+        vllm_generation.LLM = partial(AdapterEngine, engine, rank)
+        try:
+            super()._init_vllm()
+        finally:
+            vllm_generation.LLM = engine
+        return self.llm.room
+
+    def _room_of_server(self) -> Room:
+        """Connect the main process, which asks the server for all of them."""
+        super()._init_vllm()
+        answer: list[Any] = [self.vllm_client.room() if self.accelerator.is_main_process else None]
+        broadcast_object_list(answer)
+        return answer[0]
+
     def sync_weights(self):
         if not self.serves_adapter:
             super().sync_weights()
             return
-        if self.enable_sleep_mode:
+        device, colocated = self.accelerator.device, self.mode == "colocate"
+        if colocated and self.enable_sleep_mode:
             empty_cache()
             self.llm.wake_up(tags=["weights"])
             self._llm_weights_sleeping = False
-        device = self.accelerator.device
         if not self._has_base:
-            for name, weight in base_weights(self.model, device):
-                self.llm.load_base(name, weight)
+            if colocated:
+                for name, weight in base_weights(self.model, device):
+                    self.llm.load_base(name, weight)
+            else:
+                self._send_base(device)
             self._has_base = True
-        self.llm.serve(dict(adapter_weights(self.model, device, self.llm.adapter_dtype)))
-        self.llm.reset_prefix_cache()
+        adapter = dict(adapter_weights(self.model, device, self._adapter_dtype))
+        if colocated or self.accelerator.is_main_process:
+            engine = self.llm if colocated else self.vllm_client
+            engine.serve(adapter)
+            engine.reset_prefix_cache()
+
+    def _send_base(self, device: torch.device):
+        """As TRL sends all weights: they are gathered once to announce them, and once to send them."""
+        announced = described(base_weights(self.model, device))
+        weights = base_weights(self.model, device)
+        if self.accelerator.is_main_process:
+            self.vllm_client.update_named_params(announced, weights)
+        for _ in weights:  # all processes gather them
+            pass
 
 
 # What vLLM can serve
@@ -119,8 +158,6 @@ def why_merged(generation: AdapterGeneration) -> str | None:
     model: Any = generation.model
     if generation.merge:
         return "vllm_merge_lora is true"
-    if generation.mode != "colocate":
-        return "vllm_mode is 'server', and TRL's client sends weights only"
     plugin = getattr(generation.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 1:
         return "FSDP1 gathers whole modules only"
@@ -155,9 +192,7 @@ class AdapterEngine:
     """
 
     def __init__(self, make: Any, rank: int, **settings):
-        room = next(each for each in ENGINE_RANKS if each >= rank)
-        self.llm = make(**settings, enable_lora=True, max_lora_rank=room, max_loras=1)
-        self.rank = rank
+        self.llm = make(**settings, enable_lora=True, max_lora_rank=engine_rank(rank), max_loras=1)
         self._request: Any = None  # of the adapter that is served
         self._served = 0  # adapters so far
 
@@ -169,16 +204,9 @@ class AdapterEngine:
         return self.llm.llm_engine.model_executor.driver_worker.model_runner
 
     @property
-    def adapter_dtype(self) -> torch.dtype:
-        return self.llm.llm_engine.vllm_config.lora_config.lora_dtype
-
-    def served_modules(self) -> set[str]:
-        """Names of the linear layers that can have an adapter, as the trainer's model has them."""
-        from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-
-        manager = self._runner.lora_manager._adapter_manager
-        linear = [name for name, module in manager.modules.items() if isinstance(module, BaseLinearLayerWithLoRA)]
-        return {part for name in linear for part in manager.packed_modules.get(name, [name])}
+    def room(self) -> Room:
+        lora = self.llm.llm_engine.vllm_config.lora_config
+        return Room(lora.max_lora_rank, lora.lora_dtype, served_modules(self._runner))
 
     def load_base(self, name: str, weight: Tensor):
         """
@@ -192,21 +220,16 @@ class AdapterEngine:
         """Answer with this adapter from now on, and forget the one before.
 
         Args:
-            adapter: (r, in) and (out, r) matrices on the CPU, by the name of their layer and `.lora_A.weight` or
-                `.lora_B.weight`. They are not copied.
+            adapter: As `adapter_weights` gives it. Its matrices are not copied.
         """
-        from vllm.lora.lora_model import LoRAModel
-        from vllm.lora.peft_helper import PEFTHelper
         from vllm.lora.request import LoRARequest
 
         self._request = None
         self._served += 1
         manager = self._runner.lora_manager._adapter_manager
         manager.remove_all_adapters()
-        unscaled = PEFTHelper(r=self.rank, lora_alpha=self.rank, target_modules=[])
-        model = LoRAModel.from_lora_tensors(self._served, adapter, unscaled, device="cpu", dtype=self.adapter_dtype)
-        manager.add_adapter(model)
-        manager.activate_adapter(model.id)
+        manager.add_adapter(lora_model(self._served, adapter, self._runner.lora_manager.lora_config.lora_dtype))
+        manager.activate_adapter(self._served)
         # Were it ever evicted, vLLM would look for a file of this name, and fail
         self._request = LoRARequest(f"adapter-{self._served}", self._served, "in the memory of the trainer")
 

@@ -62,7 +62,9 @@ OF_CLIENT = {
     "reset_prefix_cache": "",
     "generate": "...",
     "get_world_size": "",
+    "_get": "url, kwargs",
     "_post": "url, kwargs",
+    "get_server_info": "",
     "_start_weight_update": "",
     "_finish_weight_update": "",
 }

@@ -1,12 +1,16 @@
-"""The trainer's side of a vLLM server (`vllm_mode="server"`): TRL's client, with two things that it lacks.
+"""The trainer's side of a vLLM server (`vllm_mode="server"`): TRL's client, with three things that it lacks.
 
 * Where the trainer is on the CPU, weights go over gloo. TRL's client knows NCCL only.
+* A LoRA adapter goes alone, where the server was started for that (`engines/adapter_worker.py`), under a name that is
+  drawn for it. So the server cannot answer for another one, nor its cache of prefixes.
 * Where the server is gone, or fails, the run fails in all of its processes at the same place, so that a checkpoint of
   its last update is saved (`last_update.py`), and says which server it was. Only the main process talks to the server:
   if it failed alone, the others would wait for it.
 """
 
-from collections.abc import Iterator
+import json
+import secrets
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -16,8 +20,27 @@ from torch import Tensor
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 
+from fipo_trl.engines.adapter_worker import AdapterWorker
 from fipo_trl.engines.gloo_group import GlooGroup
+from fipo_trl.trainer.lora_adapter import Room
 from fipo_trl.trainer.trl_contract import check_client
+
+
+ADAPTER_WORKER = f"{AdapterWorker.__module__}.{AdapterWorker.__name__}"
+SENT = "sent by the trainer"  # in place of an adapter's folder
+
+Announced = list[tuple[str, str, list[int]]]  # of tensors: names, dtypes, shapes
+
+
+def described(weights: Iterable[tuple[str, Tensor]]) -> Announced:
+    """What TRL tells a server of the weights that come."""
+    return [(name, str(weight.dtype).removeprefix("torch."), list(weight.shape)) for name, weight in weights]
+
+
+def update_info(metadata: Announced) -> dict[str, list]:
+    """That of vLLM's `/update_weights`."""
+    names, dtype_names, shapes = (list(field) for field in zip(*metadata, strict=True))
+    return {"names": names, "dtype_names": dtype_names, "shapes": shapes}
 
 
 @contextmanager
@@ -86,9 +109,7 @@ class ServerClient(VLLMClient):
             self.communicator = GlooGroup(group["master_address"], self.group_port, 0, group["world_size"])
             joined.result()
 
-    def update_named_params(
-        self, metadata: list[tuple[str, str, list[int]]], named_params: Iterator[tuple[str, Tensor]]
-    ):
+    def update_named_params(self, metadata: Announced, named_params: Iterator[tuple[str, Tensor]]):
         send = self._send if isinstance(self.communicator, GlooGroup) else super().update_named_params
         try:
             send(metadata, named_params)
@@ -97,21 +118,72 @@ class ServerClient(VLLMClient):
             for _ in named_params:  # the other processes, too, gather the weights to the last
                 pass
 
-    def _send(self, metadata: list[tuple[str, str, list[int]]], named_params: Iterator[tuple[str, Tensor]]):
+    def _send(self, metadata: Announced, named_params: Iterator[tuple[str, Tensor]]):
         """TRL's `update_named_params` over gloo."""
-        names, dtype_names, shapes = zip(*metadata, strict=True)
-        announced = {"names": names, "dtype_names": dtype_names, "shapes": shapes}
         self._start_weight_update()
+        self._broadcast("update_weights", {"update_info": update_info(metadata)}, named_params)
+        self._finish_weight_update()
+
+    def _broadcast(self, path: str, request: dict[str, Any], weights: Iterable[tuple[str, Tensor]]):
+        """Send tensors over the group, while the server deals with the request that announces them."""
         with ThreadPoolExecutor(max_workers=1) as executor:
-            received = executor.submit(self._post, f"{self.base_url}/update_weights", json={"update_info": announced})
+            received = executor.submit(self._post, f"{self.base_url}/{path}", json=request)
             try:
-                for _, weight in named_params:
-                    self.communicator.broadcast(weight.detach().contiguous())
+                if isinstance(self.communicator, GlooGroup):
+                    for _, weight in weights:
+                        self.communicator.broadcast(weight.detach().contiguous())
+                else:
+                    self._broadcast_packed(weights)
             except RuntimeError:
                 received.result()  # which knows better what became of the server
                 raise
             received.result()
-        self._finish_weight_update()
+
+    def _broadcast_packed(self, weights: Iterable[tuple[str, Tensor]]):
+        """Over NCCL, as TRL's `update_named_params`."""
+        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
+
+        group: Any = self.communicator
+        packed_nccl_broadcast_producer(
+            iterator=iter(weights), group=group, src=0, post_iter_func=lambda item: item[1].to(group.device)
+        )
+
+    def room(self) -> Room:
+        """For adapters; of rank 0, where the server was started without the options for them."""
+        info = self.get_server_info()
+        parallel, lora = info["parallel_config"], info["lora_config"]
+        # With several engines, each may have a process for requests, which knows the adapters that it loaded
+        if parallel["worker_extension_cls"] != ADAPTER_WORKER or parallel["data_parallel_size"] > 1 or not lora:
+            return Room(0, torch.float32, set())
+        answers = self._post(f"{self.base_url}/collective_rpc", json={"method": "served_modules"})["results"]
+        dtype = getattr(torch, lora["lora_dtype"].removeprefix("torch."))
+        return Room(lora["max_lora_rank"], dtype, set(answers[0]))
+
+    def serve(self, adapter: dict[str, Tensor]):
+        """Answer with this adapter from now on, and forget those before, an earlier run's too.
+
+        Args:
+            adapter: As `adapter_weights` gives it.
+        """
+        if self._failure is not None:
+            return
+        name = f"adapter-{secrets.token_hex(8)}"
+        announced = json.dumps(update_info(described(adapter.items())))  # as /collective_rpc takes strings only
+        try:
+            request = {"method": "receive_adapter", "args": [name, announced]}
+            self._broadcast("collective_rpc", request, adapter.items())
+            self._name_adapter("load", lora_name=name, lora_path=SENT)
+            for known in self._get(f"{self.base_url}/v1/models")["data"]:
+                if known["root"] == SENT and known["id"] != name:
+                    self._name_adapter("unload", lora_name=known["id"])
+            self.model = name
+        except Exception as error:
+            self._failure = self._failure_of(error)
+
+    def _name_adapter(self, action: str, **fields: str):
+        response = self.session.post(f"{self.base_url}/v1/{action}_lora_adapter", json=fields)
+        if response.status_code != 200:
+            raise RuntimeError(f"/v1/{action}_lora_adapter: {response.status_code}, {response.text}")
 
     def reset_prefix_cache(self):
         if self._failure is None:

@@ -73,6 +73,23 @@ def test_help(login_node):
 
 
 @pytest.mark.slow
+def test_a_server_for_adapters(login_node):
+    """Without the room for one where the adapter is merged. See engines/test_vllm_server.py for what it then does."""
+    lora = ["--use_peft", "true", "--lora_target_modules", "all-linear", "--lora_r", "20"]
+    command = ["--config", RECIPE, "--vllm_mode", "server", *lora]
+    ended = run(login_node, *command)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve Qwen/")
+    options = "--enable-lora --max-lora-rank 32 --max-loras 1"
+    worker = "--worker-extension-cls fipo_trl.engines.adapter_worker.AdapterWorker"
+    assert ended.stdout.endswith(f" {options} {worker}\n")
+    for merged in ("--vllm_merge_lora", "--use_dora"):
+        ended = run(login_node, *command, merged, "true")
+        assert ended.stdout.startswith("VLLM_SERVER_DEV_MODE=1 vllm serve Qwen/")
+        assert "lora" not in ended.stdout.lower()
+
+
+@pytest.mark.slow
 def test_a_recipe_that_needs_no_server(login_node):
     ended = run(login_node, "--config", RECIPE)
     assert (ended.returncode, ended.stdout) == (1, "")

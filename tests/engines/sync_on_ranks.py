@@ -4,15 +4,22 @@ The engine computes in float32, like the trainer, so that nothing but wrong weig
 was started so; a colocated one is started so here.
 """
 
+import contextlib
 import functools
 import glob
+import os
+import signal
 import time
 from pathlib import Path
 
+import psutil
+import torch
 from cpu_ranks import held
+from held import lives
 from moved_weights import MoveTheWeights
 from peft import LoraConfig
 from tiny import PROMPTS, Dataset, logged, longer_is_better, make_args
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.generation import vllm_generation
 
 from fipo_trl import FIPOTrainer
@@ -21,10 +28,9 @@ from fipo_trl import FIPOTrainer
 SYNCED = 3  # generations, before the one without a sync
 
 
-def train(folder: str, model: str, lora: bool, settings: dict, merged: bool = False, rank: int = 4) -> dict:
+def make_trainer(folder: str, model, lora: bool, settings: dict, merged: bool = False, rank: int = 4) -> FIPOTrainer:
     """`merged`: a LoRA adapter of this rank goes TRL's way."""
-    vllm_generation.LLM = functools.partial(vllm_generation.LLM, dtype="float32", enforce_eager=True)
-    trainer = FIPOTrainer(
+    return FIPOTrainer(
         model=model,
         reward_funcs=longer_is_better,
         args=make_args(
@@ -39,6 +45,11 @@ def train(folder: str, model: str, lora: bool, settings: dict, merged: bool = Fa
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         peft_config=LoraConfig(r=rank, target_modules="all-linear") if lora else None,
     )
+
+
+def train(folder: str, model: str, lora: bool, settings: dict, merged: bool = False, rank: int = 4) -> dict:
+    vllm_generation.LLM = functools.partial(vllm_generation.LLM, dtype="float32", enforce_eager=True)
+    trainer = make_trainer(folder, model, lora, settings, merged, rank)
     trainer.add_callback(MoveTheWeights(trainer, SYNCED))
     generation = trainer.vllm_generation
     syncs = counted(generation) if generation.mode == "colocate" else []
@@ -58,6 +69,65 @@ def train(folder: str, model: str, lora: bool, settings: dict, merged: bool = Fa
         "nan_tokens": logged(trainer, "engine_mismatch/nan_tokens"),
         "syncs": syncs,
     }
+
+
+@torch.no_grad()
+def answers(folder: str, model: str, settings: dict) -> dict:
+    """What the trainer and its server answer with several adapters, on another base than the server's own.
+
+    The server's cache of prefixes is not emptied. It has a block for each 32 tokens of the prompt.
+    """
+    from adapters_in_vllm import LONG, draw_adapter, greedy
+
+    base = AutoModelForCausalLM.from_pretrained(model)
+    for weight in base.parameters():
+        weight.mul_(1.1)
+    trainer = make_trainer(folder, base, True, settings)
+    client = trainer.vllm_generation.vllm_client
+    client.reset_prefix_cache = lambda: None
+    prompt, seen = trainer.processing_class.encode(LONG), {"trainer": [], "server": [], "seconds": [], "known": []}
+    for number in range(4):
+        draw_adapter(trainer.model, number)
+        start = time.perf_counter()
+        trainer.vllm_generation.sync_weights()
+        seen["seconds"].append(time.perf_counter() - start)
+        asked = {"temperature": 0.0, "max_tokens": 12, "generation_kwargs": {"min_tokens": 12}}
+        first, again = (client.generate([prompt], **asked)["completion_ids"][0] for _ in range(2))
+        assert first == again
+        seen["server"].append(first)
+        seen["trainer"].append(greedy(trainer))
+        seen["known"].append([each["id"] for each in client._get(f"{client.base_url}/v1/models")["data"]])
+    return seen
+
+
+def bereaved(folder: str, model: str, settings: dict, server: int) -> str:
+    """What a rank says when the server, a process of this number, is killed between two generations."""
+    trainer = make_trainer(folder, model, True, settings)
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if trainer.accelerator.is_main_process and state.global_step == args.updates_per_generation:
+                kill(server)
+
+    trainer.add_callback(Kill())
+    try:
+        trainer.train()
+    except ConnectionError as error:
+        return str(error)
+    return ""
+
+
+def kill(server: int):
+    """With -9. Its other processes are left to clean up, and must not outlive the test."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        others = psutil.Process(server).children(recursive=True)
+        os.kill(server, signal.SIGKILL)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            deadline = time.monotonic() + 30
+            for process in filter(lives, others):
+                process.send_signal(number)
+            while any(map(lives, others)) and time.monotonic() < deadline:
+                time.sleep(0.05)
 
 
 def counted(generation) -> list[tuple[int, float]]:

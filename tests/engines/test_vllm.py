@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fipo_trl.engines import vllm_cpu
+from fipo_trl.trainer.vllm_server import ADAPTER_WORKER
 
 
 if importlib.util.find_spec("vllm") is None:
@@ -82,9 +83,12 @@ def test_server_command_is_one_that_vllm_parses(monkeypatch):
     script = [sys.executable, "-m", "fipo_trl", "vllm-server-command", "--config", "recipes/tiny/fipo_vllm.yaml"]
     settings = ["--vllm_max_model_length", "200", "--vllm_tensor_parallel_size", "4", "--vllm_server_port", "8123"]
     settings += ["--use_cpu", "false"]  # the recipe's true asks for a server on the CPU
+    settings += ["--use_peft", "true", "--lora_target_modules", "all-linear"]
     command = [*script, "--vllm_mode", "server", *settings]
-    environment, vllm, serve, *arguments = shlex.split(subprocess.check_output(command, text=True))
-    assert (environment, vllm, serve) == ("VLLM_SERVER_DEV_MODE=1", "vllm", "serve")
+    words = shlex.split(subprocess.check_output(command, text=True))
+    variables, program, arguments = words[:2], words[2:4], words[4:]
+    assert variables == ["VLLM_SERVER_DEV_MODE=1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"]
+    assert program == ["vllm", "serve"]
     parsed = cli_args.make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
     assert parsed.model_tag == "recipes/tiny/base"
     assert parsed.weight_transfer_config.backend == "nccl"
@@ -93,6 +97,8 @@ def test_server_command_is_one_that_vllm_parses(monkeypatch):
     assert parsed.max_model_len == 200
     assert (parsed.tensor_parallel_size, parsed.data_parallel_size) == (4, 1)
     assert parsed.port == 8123
+    assert (parsed.enable_lora, parsed.max_lora_rank, parsed.max_loras) == (True, 16, 1)
+    assert parsed.worker_extension_cls == ADAPTER_WORKER
     colocated = subprocess.run(script, capture_output=True, text=True)
     assert colocated.returncode == 1
     assert "Set use_vllm: true and vllm_mode: server" in colocated.stderr

@@ -4,19 +4,18 @@ import contextlib
 import importlib.util
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
+from itertools import dropwhile
 from pathlib import Path
 
-import psutil
 import pytest
 import requests
 import torch
 from cpu_ranks import FSDP2, Ranks, free_port
-from held import PATIENCE, REWARD, HeldRun, lives
-from sync_on_ranks import check
+from held import PATIENCE, REWARD, HeldRun
+from sync_on_ranks import check, kill
 from tiny import BASE
 
 from fipo_trl.trainer.vllm_server import ServerClient
@@ -39,22 +38,24 @@ class Server:
     Args:
         folder: For what it prints.
         port: At which it listens.
+        settings: Of the recipe, besides.
     """
 
-    def __init__(self, folder: Path, port: int):
+    def __init__(self, folder: Path, port: int, *settings: str):
         printed = subprocess.check_output(
-            [*FIPO_TRL, "vllm-server-command", *RECIPE, "--vllm_server_port", str(port)], text=True, cwd=ROOT
+            [*FIPO_TRL, "vllm-server-command", *RECIPE, "--vllm_server_port", str(port), *settings],
+            text=True,
+            cwd=ROOT,
         )
-        variable, *command = shlex.split(printed)
-        name, value = variable.split("=")
+        words = shlex.split(printed)
+        command = list(dropwhile(lambda word: "=" in word, words))
+        variables = dict(word.split("=") for word in words[: -len(command)])
+        command += ["--dtype", "float32", "--enforce-eager", "--block-size", "32"]
+        variables |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         self.url, self.log = f"http://127.0.0.1:{port}", folder / f"server_log_{time.monotonic_ns()}"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [*command, "--dtype", "float32", "--enforce-eager"],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
-                env=os.environ | {name: value, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+                command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | variables
             )
 
     def wait(self):
@@ -69,17 +70,8 @@ class Server:
             time.sleep(0.2)
 
     def kill(self):
-        """With -9. Its other processes are left to clean up, and must not outlive the test."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            others = psutil.Process(self.process.pid).children(recursive=True)
-            self.process.kill()
-            self.process.wait()
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                deadline = time.monotonic() + 30
-                for process in filter(lives, others):
-                    process.send_signal(number)
-                while any(map(lives, others)) and time.monotonic() < deadline:
-                    time.sleep(0.05)
+        kill(self.process.pid)
+        self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +87,16 @@ def server(tmp_path_factory, port):
 
 
 @pytest.fixture(scope="module")
+def for_adapters(tmp_path_factory):
+    """A server that is started for adapters, of which all runs make use, one after the other."""
+    adapter = ["--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "all-linear"]
+    server = Server(tmp_path_factory.mktemp("server"), free_port(), *adapter)
+    server.wait()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
 def ranks(tmp_path_factory, server):
     """Imports while the server starts."""
     ranks = Ranks(tmp_path_factory.mktemp("ranks"))
@@ -103,17 +105,57 @@ def ranks(tmp_path_factory, server):
     ranks.close()
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def at(server: Server) -> dict:
+    """Settings with which a run talks to it."""
+    return {"vllm_mode": "server", "vllm_server_base_url": server.url, "vllm_group_port": free_port()}
+
+
 @pytest.mark.parametrize("launch", [(), FSDP2], ids=["one process", "FSDP2"])
-def test_trained_weights_reach_the_server(tmp_path, ranks, port, launch, lora):
-    settings = {"vllm_mode": "server", "vllm_server_host": "127.0.0.1", "vllm_server_port": port}
-    settings |= {"vllm_group_port": free_port()}
+def test_trained_weights_reach_the_server(tmp_path, ranks, server, launch):
     processes = 2 if launch else 1
-    returned = ranks.run("sync_on_ranks:train", tmp_path, BASE, lora, settings, processes=processes, launch=launch)
+    returned = ranks.run("sync_on_ranks:train", tmp_path, BASE, False, at(server), processes=processes, launch=launch)
     if launch:
         assert all(rank["held"]["DTensor"] for rank in returned)
-    assert not any(rank["serves_adapter"] for rank in returned)
     check(returned[0])
+
+
+def test_a_server_that_was_not_started_for_adapters_gets_merged_weights(tmp_path, ranks, server):
+    (seen,) = ranks.run("sync_on_ranks:train", tmp_path, BASE, True, at(server), processes=1)
+    assert not seen["serves_adapter"]
+    check(seen)
+    assert "the vLLM server was started for adapters of rank 0 at most, and this one has 4" in ranks.printed()
+
+
+@pytest.mark.parametrize("launch", [(), FSDP2], ids=["one process", "FSDP2"])
+def test_adapters_reach_the_server(tmp_path, ranks, for_adapters, launch):
+    settings, processes = at(for_adapters), 2 if launch else 1
+    returned = ranks.run("sync_on_ranks:train", tmp_path, BASE, True, settings, processes=processes, launch=launch)
+    if launch:
+        assert all(rank["held"]["DTensor"] for rank in returned)
+    assert all(rank["serves_adapter"] for rank in returned)
+    check(returned[0])
+
+
+def test_the_server_answers_with_the_base_and_the_adapter_of_the_trainer_and_with_no_older_one(
+    tmp_path, ranks, for_adapters
+):
+    (seen,) = ranks.run("sync_on_ranks:answers", tmp_path, BASE, at(for_adapters), processes=1)
+    assert seen["server"] == seen["trainer"]
+    assert len(set(map(str, seen["trainer"]))) == 4  # they answer differently
+    assert [len(known) for known in seen["known"]] == [2] * 4  # the base and one adapter, after earlier runs, too
+
+
+def test_a_server_for_adapters_takes_merged_weights(tmp_path, ranks, for_adapters):
+    (seen,) = ranks.run("sync_on_ranks:train", tmp_path, BASE, True, at(for_adapters), True, processes=1)
+    assert not seen["serves_adapter"]
+    check(seen)
+
+
+def test_a_server_that_dies_takes_no_adapter_and_all_processes_learn_it(tmp_path, ranks, for_adapters):
+    """The last test of this server."""
+    settings, pid = at(for_adapters), for_adapters.process.pid
+    for error in ranks.run("sync_on_ranks:bereaved", tmp_path, BASE, settings, pid, launch=FSDP2):
+        assert f"The vLLM server at {for_adapters.url} does not answer" in error
 
 
 def test_a_server_that_dies_ends_the_run_with_a_checkpoint_and_a_new_one_lets_it_go_on(tmp_path, server, ranks, port):

@@ -174,8 +174,10 @@ def test_sharding_divides_the_states_and_nothing_else():
 def test_an_adapter_that_vllm_serves_is_not_merged(settings, merged):
     """Nor is the model gathered for it, and a sleeping engine keeps its weights."""
     flags = ["--config", "recipes/tiny/fipo_vllm.yaml", "--use_peft", "true", "--lora_target_modules", "all-linear"]
+    server = make_plan([*flags, "--vllm_mode", "server", *settings], world_size=2, sharding="zero3")
     run = make_plan([*flags, "--vllm_enable_sleep_mode", "true", *settings], world_size=2, sharding="zero3")
-    assert run.merged_adapter is merged
+    assert run.merged_adapter is server.merged_adapter is merged
+    assert ("weights gathered to merge LoRA" in sizes(memory.rollout_memory(server, 80 * GIB))) is merged
     assert ("weights gathered to merge LoRA" in sizes(memory.rollout_memory(run, 80 * GIB))) is merged
     assert ("vLLM, asleep" in sizes(memory.update_memory(run, 80 * GIB))) is not merged
 

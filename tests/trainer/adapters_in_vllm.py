@@ -20,7 +20,7 @@ from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
 from fipo_trl import FIPOTrainer
-from fipo_trl.trainer.lora_sync import AdapterEngine
+from fipo_trl.trainer import lora_sync
 
 
 PATTERNS = {"rank_pattern": {"q_proj": 2, "down_proj": 11}, "alpha_pattern": {"q_proj": 5, "o_proj": 1}}
@@ -114,11 +114,11 @@ def run(case: str, folder: Path) -> dict:
     logger = logging.getLogger("fipo_trl.trainer.lora_sync")
     logger.setLevel(logging.INFO)
     logger.addHandler(listener)
-    known = AdapterEngine.served_modules
+    known = lora_sync.served_modules
     if case == "unknown":
-        AdapterEngine.served_modules = lambda engine: known(engine) - {"model.layers.1.mlp.down_proj"}
+        lora_sync.served_modules = lambda runner: known(runner) - {"model.layers.1.mlp.down_proj"}
     trainer = make_trainer(base, folder, model, CASES[case], vllm_merge_lora=case == "merged")
-    AdapterEngine.served_modules = known
+    lora_sync.served_modules = known
     logger.removeHandler(listener)
     generation = trainer.vllm_generation
     seen = {"log": listener.lines, "trainer": [], "engine": [], "bytes": [], "cached": {"new": [], "again": []}}

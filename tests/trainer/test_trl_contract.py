@@ -303,6 +303,7 @@ def test_this_trl_has_the_client_that_is_extended():
     check_client(VLLMClient)
     methods = {name for name in vars(ServerClient) if not name.startswith("__") and hasattr(VLLMClient, name)}
     assert methods <= trl_contract.OF_CLIENT.keys()
+    assert '"model": self.model,' in inspect.getsource(VLLMClient.generate)  # the adapter's name
 
     class Other(VLLMClient):
         def update_named_params(self, named_params):
@@ -323,9 +324,10 @@ def test_this_trl_samples_with_vllm_as_adapters_are_given_to_it():
     source = inspect.getsource(VLLMGeneration)
     assert set(re.findall(r"self\.llm\.(\w+)\(", source)) == trl_contract.OF_LLM
     assert "self.llm = LLM(\n" in source
+    assert "self.vllm_client = VLLMClient(\n" in source
     uses = "".join(map(inspect.getsource, (AdapterGeneration, lora_sync.why_merged, lora_sync.unserved_model)))
     used = set(re.findall(r"\b(?:self|generation)\.(\w+)", uses))
-    own = {"merge", "serves_adapter", "_has_base", *methods}
+    own = {"merge", "serves_adapter", "_has_base", "_adapter_dtype", *vars(AdapterGeneration)}
     assert [name for name in sorted(used - own) if not re.search(rf"self\.{name} = ", source)] == []
 
     class Chats(VLLMGeneration):
