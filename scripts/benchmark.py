@@ -9,6 +9,7 @@
     python scripts/benchmark.py dynamic-sampling
     python scripts/benchmark.py code-reward
     OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 python scripts/benchmark.py lora-sync
+    OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 python scripts/benchmark.py lora-sync --server
 
 `future-kl` times Future-KL against the matrix product of the official code, a serial scan and one pass of `exp`;
 `update` times optimizer updates of TRL's GRPOTrainer and of FIPOTrainer on the same completions, of equal and of
@@ -17,7 +18,8 @@ influence weights add to an update, `monitoring` what metrics and collapse alarm
 the tiny task's held-out problems, in batches of several sizes; `dynamic-sampling` counts, without a model, how many
 groups are sampled for one that is trained on, also where earlier epochs are remembered; `code-reward` times programs
 in the sandbox and out of it, and the reward over answers that take long; `lora-sync` brings a LoRA adapter to vLLM, as
-it is and merged into the weights: bytes, time, and how far the engine is from the trainer then. It needs vLLM.
+it is and merged into the weights: bytes, time, and how far the engine is from the trainer then. It needs vLLM. With
+`--server` the engine is a server of its own, on the CPU.
 All that a row compares takes turns in the same run, and a time is the median of these rounds. Other load spoils the
 times: look at `uptime` first. With `--quick` every subcommand takes seconds (`lora-sync`, which starts four engines,
 minutes), to see that it works; its times mean nothing.
@@ -30,11 +32,14 @@ import math
 import os
 import platform
 import shlex
+import socket
+import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import product
+from itertools import product, takewhile
 from pathlib import Path
 from statistics import NormalDist, mean, median
 
@@ -60,11 +65,13 @@ from trl.generation import vllm_generation
 
 from fipo_trl import DAPOConfig, DAPOTrainer, FIPOConfig, FIPOTrainer
 from fipo_trl.analysis.collapse import CollapseAlarm
+from fipo_trl.commands.vllm_server_command import vllm_server_command
 from fipo_trl.data.sources import load_splits
 from fipo_trl.evaluation.exam import Exam, metrics_of
 from fipo_trl.evaluation.sampling import transformers_sampler
 from fipo_trl.objective.future_kl import future_kl
 from fipo_trl.objective.influence import influence_weights
+from fipo_trl.recipe.validate import read_and_validate
 from fipo_trl.rewards.code_tests import code_accuracy, code_reward, outcomes
 from fipo_trl.rewards.names import load_reward
 from fipo_trl.rewards.sandbox import Sandbox, at_once
@@ -777,16 +784,42 @@ def make_base(folder: Path, sizes: dict, dtype: torch.dtype):
     tokenizer.save_pretrained(folder)
 
 
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@contextmanager
+def served(base: Path, dtype: str, args):
+    """A vLLM server of the model, on the CPU, and its URL."""
+    port = free_port()
+    recipe = ["--model_name_or_path", str(base), "--use_vllm", "true", "--vllm_mode", "server"]
+    recipe += ["--vllm_server_port", str(port), "--use_cpu", "true", "--bf16", "false"]
+    recipe += ["--use_peft", "true", "--lora_r", str(args.rank), "--lora_target_modules", "all-linear"]
+    words = shlex.split(vllm_server_command(read_and_validate(recipe), on_cpu=True))
+    variables = dict(word.split("=", 1) for word in takewhile(lambda word: "=" in word, words))
+    command = [*words[len(variables) :], "--dtype", dtype, "--enforce-eager"]
+    with tempfile.TemporaryFile() as log:
+        server = subprocess.Popen(command, env=os.environ | variables, stdout=log, stderr=log)
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            server.wait()
+
+
 class Synced:
-    """A trainer with a colocated engine that gets its adapter in one of two ways.
+    """A trainer with an engine that gets its adapter in one of two ways.
 
     Args:
         merged: TRL's way.
         base: Folder of the model.
         dtype: Of the base, and of the engine. Adapters are float32.
+        url: Of the engine's server; None for one in this process.
     """
 
-    def __init__(self, merged: bool, base: Path, dtype: str, args):
+    def __init__(self, merged: bool, base: Path, dtype: str, url: str | None, args):
         llm = vllm_generation.LLM
         vllm_generation.LLM = partial(llm, dtype=dtype, enforce_eager=True)
         try:
@@ -796,7 +829,9 @@ class Synced:
                 args=FIPOConfig(
                     output_dir=str(base),
                     use_vllm=True,
-                    vllm_mode="colocate",
+                    vllm_mode="server" if url else "colocate",
+                    vllm_server_base_url=url,
+                    vllm_group_port=free_port(),
                     vllm_merge_lora=merged,
                     vllm_max_model_length=256,
                     vllm_gpu_memory_utilization=0.2,
@@ -820,19 +855,23 @@ class Synced:
         if self.generation.serves_adapter is merged:
             raise RuntimeError("vLLM cannot serve this adapter, see lora_sync.py.")
         self.bytes = 0
-        self.count(self.generation.llm.llm_engine.model_executor.driver_worker.model_runner.model, "load_weights")
-        if not merged:
-            self.count(self.generation.llm, "serve")
+        if url:
+            self.count(self.generation.vllm_client.communicator, "broadcast")
+        else:
+            self.count(self.generation.llm.llm_engine.model_executor.driver_worker.model_runner.model, "load_weights")
+            if not merged:
+                self.count(self.generation.llm, "serve")
         named = self.trainer.model.named_parameters()
         self.base = {name: weight for name, weight in named if not weight.requires_grad}
         self.first = {name: weight.detach().clone() for name, weight in self.base.items()}
 
     def count(self, owner, name: str):
-        """Add up the bytes of the tensors that a method gets."""
+        """Add up the bytes of the tensors that a method gets: one, or some with their names."""
         method = getattr(owner, name)
 
         def counted(weights):
-            self.bytes += sum(weight.nbytes for _, weight in (weights.items() if name == "serve" else weights))
+            tensors = [weights] if isinstance(weights, torch.Tensor) else dict(weights).values()
+            self.bytes += sum(weight.nbytes for weight in tensors)
             return method(weights)
 
         setattr(owner, name, counted)
@@ -868,22 +907,30 @@ class Synced:
 
 
 def compare_syncs(dtype: str, args) -> dict[str, str]:
-    """The adapter alone, and merged into all weights, in two engines of this process that take turns."""
-    with tempfile.TemporaryDirectory() as folder:
-        make_base(Path(folder), args.sizes, getattr(torch, dtype))
-        merged, adapter = (Synced(way, Path(folder), dtype, args) for way in (True, False))
+    """The adapter alone, and merged into all weights.
+
+    Two engines of this process take turns. A server knows one trainer at a time: there one way comes after the other.
+    """
     prompts = [[3 + (row + t) % 20 for t in range(8)] for row in range(args.prompts)]
-    syncs, samples = {merged: [], adapter: []}, {merged: [], adapter: []}
-    for turn in range(-1, args.rounds):  # the first brings the base, too, and is not timed
-        for way in (merged, adapter):
-            way.move_adapter(args.size, seed=turn + 1)
-            start = time.perf_counter()
-            way()
-            if turn >= 0:
-                syncs[way].append(time.perf_counter() - start)
-                samples[way].append(way.sample(prompts))
-    adapter.move_adapter(args.size, seed=args.rounds + 1)
-    _, cut = adapter.sample(prompts)
+    syncs, samples = {}, {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        make_base(Path(folder), args.sizes, getattr(torch, dtype))
+        url = stack.enter_context(served(Path(folder), dtype, args)) if args.server else None
+        for together in ([True], [False]) if url else ([True, False],):
+            ways = [Synced(way, Path(folder), dtype, url, args) for way in together]
+            syncs |= {way: [] for way in ways}
+            samples |= {way: [] for way in ways}
+            for turn in range(-1, args.rounds):  # the first brings the base, too, and is not timed
+                for way in ways:
+                    way.move_adapter(args.size, seed=turn + 1)
+                    start = time.perf_counter()
+                    way()
+                    if turn >= 0:
+                        syncs[way].append(time.perf_counter() - start)
+                        samples[way].append(way.sample(prompts))
+        merged, adapter = syncs
+        adapter.move_adapter(args.size, seed=args.rounds + 1)
+        _, cut = adapter.sample(prompts)
     times = {way: 1e3 * median(each) for way, each in syncs.items()}
     row = {
         "weights": dtype,
@@ -901,6 +948,8 @@ def compare_syncs(dtype: str, args) -> dict[str, str]:
 
 
 def run_lora_sync(args):
+    if args.server and args.device != "cpu":
+        sys.exit("error: --server is for --device cpu: on a GPU the server would take the trainer's.")
     report(
         [compare_syncs(dtype, args) for dtype in args.dtypes],
         f"Syncs of {args.rounds} adapters of rank {args.rank} on all linear layers. Mismatch: mean |log π_engine - "
@@ -1007,6 +1056,7 @@ def parse(argv=None):
     sync.add_argument("--size", type=float, default=5e-3, help="standard deviation of the adapter's second matrices")
     sync.add_argument("--prompts", type=int, default=16, help="that are answered after each sync")
     sync.add_argument("--tokens", type=int, default=32, help="of an answer")
+    sync.add_argument("--server", action="store_true", help="a vLLM server, in place of engines in this process")
     sync.set_defaults(sizes=SMOLLM2_135M)
 
     shapes = "8x1024xfloat32 8x8192xfloat32 8x20480xfloat32 8x20480xfloat64 8x20480xbfloat16 1x131072xfloat32"
