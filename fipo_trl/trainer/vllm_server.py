@@ -150,10 +150,11 @@ class ServerClient(VLLMClient):
 
     def room(self) -> Room:
         """For adapters; of rank 0, where the server was started without the options for them."""
-        info = self.get_server_info()
-        parallel, lora = info["parallel_config"], info["lora_config"]
+        info = self._get(f"{self.base_url}/server_info", params={"config_format": "json"})
+        parallel, lora = info["vllm_config"]["parallel_config"], info["vllm_config"]["lora_config"]
         # With several engines, each may have a process for requests, which knows the adapters that it loaded
-        if parallel["worker_extension_cls"] != ADAPTER_WORKER or parallel["data_parallel_size"] > 1 or not lora:
+        one_with_worker = (parallel["worker_extension_cls"], parallel["data_parallel_size"]) == (ADAPTER_WORKER, 1)
+        if not (lora and one_with_worker and info["vllm_env"].get("VLLM_ALLOW_RUNTIME_LORA_UPDATING")):
             return Room(0, torch.float32, set())
         answers = self._post(f"{self.base_url}/collective_rpc", json={"method": "served_modules"})["results"]
         dtype = getattr(torch, lora["lora_dtype"].removeprefix("torch."))

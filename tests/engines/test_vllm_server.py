@@ -18,7 +18,8 @@ from held import PATIENCE, REWARD, HeldRun
 from sync_on_ranks import check, kill
 from tiny import BASE
 
-from fipo_trl.trainer.vllm_server import ServerClient
+from fipo_trl.trainer.lora_adapter import Room
+from fipo_trl.trainer.vllm_server import ADAPTER_WORKER, ServerClient
 
 
 if importlib.util.find_spec("vllm") is None:
@@ -191,3 +192,23 @@ def test_a_server_that_waits_for_nccl_is_refused(monkeypatch):
     monkeypatch.setattr(client, "get_server_info", lambda: {"weight_transfer_config": {"backend": "nccl"}})
     with pytest.raises(ValueError, match=r"at http://node3:8000 cannot take.* is nccl, not gloo.*vllm-server-command"):
         client.init_communicator(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [{}, {"worker_extension_cls": ""}, {"data_parallel_size": 2}, {"lora_config": None}, {"updating": False}],
+    ids=lambda missing: ", ".join(missing),
+)
+def test_every_option_of_a_server_for_adapters_is_needed(monkeypatch, missing):
+    """What the server for adapters above says is read; here one thing of it is not so."""
+    answered = {"worker_extension_cls": ADAPTER_WORKER, "data_parallel_size": 1, "updating": True}
+    answered |= {"lora_config": {"max_lora_rank": 16, "lora_dtype": "torch.float32"}} | missing
+    info = {
+        "vllm_config": {"parallel_config": answered, "lora_config": answered["lora_config"]},
+        "vllm_env": {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": answered["updating"]},
+    }
+    client = object.__new__(ServerClient)  # without a server
+    client.base_url = "http://node3:8000"
+    monkeypatch.setattr(client, "_get", lambda url, params: info)
+    monkeypatch.setattr(client, "_post", lambda url, json: {"results": [["layer"]]})
+    assert client.room() == Room(*((0, torch.float32, set()) if missing else (16, torch.float32, {"layer"})))
