@@ -293,3 +293,7 @@ def test_tables_of_the_calibrated_study_are_those_of_its_results():
     for arm, tests in tested.items():
         cells = [f"{tests[name].p:.3f}" for name in endpoints] + [f"{tests[name].p_holm:.2f}" for name in endpoints]
         assert f"| {arm} | {' | '.join(cells)} |" in text
+    again = {arm: part["runs"] for arm, part in read_part(folder / "confirmation.json")["arms"].items()}
+    every = {arm: runs[arm] | seeds for arm, seeds in again.items()}
+    for more in (again, every):
+        assert cell(compare(more)["oracle"]["minus_control"]["reward"], shown["reward"], signed=True) in text

@@ -93,6 +93,7 @@ def test_contents(wheel):
     of_studies += ("tiny/skip/results.json", "tiny/skip/data/train.jsonl", "tiny/skip/data/test.jsonl")
     of_studies += ("SmolLM2-135M/credit/credit_fidelity.json", "calibrated/credit/credit_fidelity.json")
     of_studies += ("tiny/skip/history.json", "calibrated/results.json", "calibrated/calibration.json")
+    of_studies += ("calibrated/confirmation.json",)
     assert left_out == {f"fipo_trl/recipe/recipes/{name}" for name in of_studies}
     others = names - of_package - shipped
     assert {name.split("/")[0] for name in others} == {wheel.name.split("-py3")[0] + ".dist-info"}
