@@ -82,9 +82,11 @@ class AdapterGeneration(VLLMGeneration):
             room = self._engine_for(rank) if self.mode == "colocate" else self._room_of_server()
             unknown = sorted({base_name(name) for name, _ in lora_layers(self.model)} - room.modules)
             if room.rank < rank:
+                of_rank = f"for adapters of rank {room.rank} at most, and this one has {rank}"
+                started = of_rank if room.rank else "without room for adapters"
                 reason = (
-                    f"the vLLM server was started for adapters of rank {room.rank} at most, and this one has {rank}. "
-                    "Start it with the line that `fipo-trl vllm-server-command` prints for this recipe"
+                    f"the vLLM server was started {started}. Start it with the line that `fipo-trl vllm-server-command` "
+                    "prints for this recipe"
                 )
             elif unknown:
                 reason = f"vLLM does not know {unknown[0]}, one of {len(unknown)} such modules, as one with an adapter"

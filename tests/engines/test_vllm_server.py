@@ -124,7 +124,7 @@ def test_a_server_that_was_not_started_for_adapters_gets_merged_weights(tmp_path
     (seen,) = ranks.run("sync_on_ranks:train", tmp_path, BASE, True, at(server), processes=1)
     assert not seen["serves_adapter"]
     check(seen)
-    assert "the vLLM server was started for adapters of rank 0 at most, and this one has 4" in ranks.printed()
+    assert "the vLLM server was started without room for adapters. Start it with the line" in ranks.printed()
 
 
 @pytest.mark.parametrize("launch", [(), FSDP2], ids=["one process", "FSDP2"])
@@ -146,10 +146,12 @@ def test_the_server_answers_with_the_base_and_the_adapter_of_the_trainer_and_wit
     assert [len(known) for known in seen["known"]] == [2] * 4  # the base and one adapter, after earlier runs, too
 
 
-def test_a_server_for_adapters_takes_merged_weights(tmp_path, ranks, for_adapters):
-    (seen,) = ranks.run("sync_on_ranks:train", tmp_path, BASE, True, at(for_adapters), True, processes=1)
+@pytest.mark.parametrize(("merged", "rank"), [(True, 4), (False, 9)], ids=["by the setting", "of too large a rank"])
+def test_a_server_for_adapters_takes_merged_weights(tmp_path, ranks, for_adapters, merged, rank):
+    (seen,) = ranks.run("sync_on_ranks:train", tmp_path, BASE, True, at(for_adapters), merged, rank, processes=1)
     assert not seen["serves_adapter"]
     check(seen)
+    assert merged or "started for adapters of rank 8 at most, and this one has 9. Start it" in ranks.printed()
 
 
 def test_a_server_that_dies_takes_no_adapter_and_all_processes_learn_it(tmp_path, ranks, for_adapters):
