@@ -85,8 +85,8 @@ class AdapterGeneration(VLLMGeneration):
                 of_rank = f"for adapters of rank {room.rank} at most, and this one has {rank}"
                 started = of_rank if room.rank else "without room for adapters"
                 reason = (
-                    f"the vLLM server was started {started}. Start it with the line that `fipo-trl vllm-server-command` "
-                    "prints for this recipe"
+                    f"the vLLM server was started {started}. Start it with the line that "
+                    "`fipo-trl vllm-server-command` prints for this recipe"
                 )
             elif unknown:
                 reason = f"vLLM does not know {unknown[0]}, one of {len(unknown)} such modules, as one with an adapter"
