@@ -2,7 +2,7 @@
 # make quickstart-vllm   the same, with vLLM for the rollouts
 # make smollm            train SmolLM2-135M-Instruct with DAPO and with FIPO on the CPU, about an hour
 # make test              run all tests
-# make test-fast         run those that take no long time, no vLLM and no network, in under 3 minutes
+# make test-fast         run those that take no long time, no vLLM and no network, in some 4 minutes
 # make gpu-check         what runs on an NVIDIA GPU, how fast and in how much memory: a report, in 10 minutes
 # make lint              ruff check and format, and the types of the package
 # make tiny-base         rebuild the tiny base model and its data (they are in the repository)
