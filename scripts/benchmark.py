@@ -32,20 +32,20 @@ import math
 import os
 import platform
 import shlex
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import product, takewhile
+from itertools import product
 from pathlib import Path
 from statistics import NormalDist, mean, median
 
 import torch
 import transformers
 import trl
+from accelerate.utils.other import get_free_port
 from datasets import Dataset
 from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile
@@ -784,24 +784,17 @@ def make_base(folder: Path, sizes: dict, dtype: torch.dtype):
     tokenizer.save_pretrained(folder)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @contextmanager
 def served(base: Path, dtype: str, args):
     """A vLLM server of the model, on the CPU, and its URL."""
-    port = free_port()
+    port = get_free_port()
     recipe = ["--model_name_or_path", str(base), "--use_vllm", "true", "--vllm_mode", "server"]
     recipe += ["--vllm_server_port", str(port), "--use_cpu", "true", "--bf16", "false"]
     recipe += ["--use_peft", "true", "--lora_r", str(args.rank), "--lora_target_modules", "all-linear"]
-    words = shlex.split(vllm_server_command(read_and_validate(recipe), on_cpu=True))
-    variables = dict(word.split("=", 1) for word in takewhile(lambda word: "=" in word, words))
-    command = [*words[len(variables) :], "--dtype", dtype, "--enforce-eager"]
+    line = vllm_server_command(read_and_validate(recipe), on_cpu=True)
+    command = f"exec env {line} --dtype {dtype} --enforce-eager"
     with tempfile.TemporaryFile() as log:
-        server = subprocess.Popen(command, env=os.environ | variables, stdout=log, stderr=log)
+        server = subprocess.Popen(command, shell=True, stdout=log, stderr=log)
         try:
             yield f"http://127.0.0.1:{port}"
         finally:
@@ -831,7 +824,7 @@ class Synced:
                     use_vllm=True,
                     vllm_mode="server" if url else "colocate",
                     vllm_server_base_url=url,
-                    vllm_group_port=free_port(),
+                    vllm_group_port=get_free_port(),
                     vllm_merge_lora=merged,
                     vllm_max_model_length=256,
                     vllm_gpu_memory_utilization=0.2,

@@ -11,7 +11,7 @@ import torch
 from trl.scripts import vllm_serve
 
 from fipo_trl.planning.plan import Plan
-from fipo_trl.recipe.model_limits import find_config, public_config
+from fipo_trl.recipe.model_limits import config_of, name_of_model
 from fipo_trl.recipe.read import read
 from fipo_trl.recipe.validate import Recipe, validate
 from fipo_trl.trainer.lora_adapter import engine_rank
@@ -34,7 +34,7 @@ def vllm_server_command(recipe: Recipe, on_cpu: bool = False) -> str:
         on_cpu: Whether the server runs on the CPU, with vLLM's build for it, and gets its weights over gloo.
 
     Raises:
-        ValueError: if the recipe uses no server.
+        ValueError: if the recipe uses no server, or names no model; with LoRA, for a model without a config.
     """
     training, model = recipe.training, recipe.model
     if not training.use_vllm or training.vllm_mode != "server":
@@ -45,7 +45,7 @@ def vllm_server_command(recipe: Recipe, on_cpu: bool = False) -> str:
     url = urlsplit(training.vllm_server_base_url or f"http://:{training.vllm_server_port}")
     command = vllm_serve.build_command(
         vllm_serve.ScriptArguments(
-            model=model.model_name_or_path,
+            model=name_of_model(model),
             revision=model.model_revision,
             tensor_parallel_size=training.vllm_tensor_parallel_size,
             port=url.port or 8000,
@@ -72,8 +72,7 @@ def serves_adapter(recipe: Recipe) -> bool:
     model = recipe.model
     if not model.use_peft or recipe.training.vllm_merge_lora:
         return False
-    config = public_config(model.model_name_or_path) or find_config(model, recipe.training.trust_remote_code)
-    return not Plan(recipe, config).merged_adapter
+    return not Plan(recipe, config_of(model, recipe.training.trust_remote_code)).merged_adapter
 
 
 def main(arguments: list[str]):

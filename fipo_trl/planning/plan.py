@@ -14,7 +14,7 @@ from trl import ModelConfig, get_peft_config
 from fipo_trl.data.reasoning_gym import check_task, is_task
 from fipo_trl.recipe.arguments import RunArguments
 from fipo_trl.recipe.build import rewards_of
-from fipo_trl.recipe.model_limits import find_config, public_config
+from fipo_trl.recipe.model_limits import config_of, name_of_model
 from fipo_trl.recipe.validate import Recipe, read_and_validate
 from fipo_trl.trainer.dapo_config import DAPOConfig
 from fipo_trl.trainer.fipo_config import FIPOConfig
@@ -176,11 +176,10 @@ def make_plan(arguments: list[str], world_size: int, **spread) -> Plan:
     """
     without_gpu = [] if torch.cuda.is_available() else ["--use_cpu", "true"]
     recipe = read_and_validate([*arguments, *without_gpu], world_size)
-    run, training, model = recipe.run, recipe.training, recipe.model
-    if model.model_name_or_path is None:
-        raise ValueError("model_name_or_path is not set: give a local folder or the id of a model on the Hub.")
+    run = recipe.run
+    name_of_model(recipe.model)
     rewards_of(recipe)
     if is_task(run.dataset_name or ""):
         check_task(run.dataset_name, run.task_settings.get(run.dataset_name))
-    config = public_config(model.model_name_or_path) or find_config(model, training.trust_remote_code)
+    config = config_of(recipe.model, recipe.training.trust_remote_code)
     return Plan(recipe, config, world_size=world_size, **spread)

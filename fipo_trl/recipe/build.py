@@ -16,7 +16,7 @@ from fipo_trl.data.dapo_math import from_dapo, is_dapo, no_longer_than
 from fipo_trl.data.reasoning_gym import is_task
 from fipo_trl.data.sources import load_splits
 from fipo_trl.evaluation.problems import load_evaluation
-from fipo_trl.recipe.model_limits import find_config, impossible
+from fipo_trl.recipe.model_limits import find_config, impossible, name_of_model
 from fipo_trl.recipe.trainers import find_trainer
 from fipo_trl.recipe.validate import Recipe
 from fipo_trl.rewards.names import columns_read_by, load_reward, load_rewards, name_of, runs_programs
@@ -63,8 +63,7 @@ def build(recipe: Recipe, checkpoint: str | None = None) -> "DAPOTrainer":
 def trainer_arguments(recipe: Recipe) -> dict[str, Any]:
     """Keyword arguments of the trainer. Errors are those of [`build`]."""
     training, model = recipe.training, recipe.model
-    if model.model_name_or_path is None:
-        raise ValueError("model_name_or_path is not set: give a local folder or the id of a model on the Hub.")
+    name = name_of_model(model)
     reward_funcs = rewards_of(recipe)
     decides, names = training.dynamic_sampling_reward, [name_of(function) for function in reward_funcs]
     if decides is not None and decides not in names:
@@ -83,7 +82,7 @@ def trainer_arguments(recipe: Recipe) -> dict[str, Any]:
         **(training.model_init_kwargs or {}),
     }
     return {
-        "model": model.model_name_or_path,
+        "model": name,
         "reward_funcs": reward_funcs,
         "args": args,
         "train_dataset": train_dataset,

@@ -30,6 +30,18 @@ MODELS = {
 }
 
 
+def name_of_model(model: ModelConfig) -> str:
+    """The folder of a recipe's model, or its id on the Hub; a `ValueError` if there is none."""
+    if model.model_name_or_path is None:
+        raise ValueError("model_name_or_path is not set: give a local folder or the id of a model on the Hub.")
+    return model.model_name_or_path
+
+
+def config_of(model: ModelConfig, trust_remote_code: bool = False) -> PretrainedConfig:
+    """That of [`find_config`], which is not asked about the models of `MODELS`."""
+    return public_config(name_of_model(model)) or find_config(model, trust_remote_code)
+
+
 def public_config(name: str) -> PretrainedConfig | None:
     """The config of a model of `MODELS`, by the last part of its name; `None` for others and for local folders."""
     name_alone = os.path.basename(name.rstrip("/"))

@@ -132,9 +132,9 @@ def read(arguments: Iterable[str]) -> Written:
     path = options.config or ""
     recipe = checked(path, {name: value for name, value in settings.items() if name not in ignored}, parser)
     if ignored:  # a slip in what this trainer does not read is told all the same
-        parser = Parser(FIPOConfig)
-        of_fipo = checked(path, {name: settings[name] for name in ignored}, parser)
-        parser.parse_known_args([f"--{name}={value}" for name, value in of_fipo.items()])
+        of_fipo = Parser(FIPOConfig)
+        values = checked(path, {name: settings[name] for name in ignored}, of_fipo)
+        of_fipo.parse_known_args([f"--{name}={value}" for name, value in values.items()])
     return Written(
         path=options.config,
         recipe=recipe,

@@ -90,6 +90,16 @@ def test_a_server_for_adapters(login_node):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lora", [[], ["--use_peft", "true"]], ids=["full", "lora"])
+def test_a_model_is_needed(login_node, lora):
+    ended = run(login_node, "--use_vllm", "true", "--vllm_mode", "server", *lora)
+    assert ended.returncode == 1
+    assert ended.stderr.endswith(
+        "error: model_name_or_path is not set: give a local folder or the id of a model on the Hub.\n"
+    )
+
+
+@pytest.mark.slow
 def test_a_recipe_that_needs_no_server(login_node):
     ended = run(login_node, "--config", RECIPE)
     assert (ended.returncode, ended.stdout) == (1, "")

@@ -3,11 +3,9 @@
 import contextlib
 import importlib.util
 import os
-import shlex
 import subprocess
 import sys
 import time
-from itertools import dropwhile
 from pathlib import Path
 
 import pytest
@@ -48,15 +46,12 @@ class Server:
             text=True,
             cwd=ROOT,
         )
-        words = shlex.split(printed)
-        command = list(dropwhile(lambda word: "=" in word, words))
-        variables = dict(word.split("=") for word in words[: -len(command)])
-        command += ["--dtype", "float32", "--enforce-eager", "--block-size", "32"]
-        variables |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        line = f"exec env {printed.strip()} --dtype float32 --enforce-eager --block-size 32"
+        variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         self.url, self.log = f"http://127.0.0.1:{port}", folder / f"server_log_{time.monotonic_ns()}"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | variables
+                line, shell=True, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | variables
             )
 
     def wait(self):
